@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up the environment, checks the style and runs the tests. Arguments go to pytest: scripts/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh parity
+venv="${VENV:-.venv}"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,147 @@
+"""Checkpoints of a run: all that training changes, in Orbax, and the way back onto any mesh.
+
+    OUT/model/            config, tokenizer and preprocessor files of the model that is trained
+    OUT/checkpoints/N/    state (parameters, optimiser, counters), data (Grain iterator), meta (JSON)
+    OUT/best/N/           parameters of the best step by the dev split
+
+Orbax writes beside the target and renames, so a killed save leaves no step that looks whole.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from surgery_r1_jax import errors, hf, model, optim, sharding
+
+FORMAT = 1
+
+
+class Restored(NamedTuple):
+    """What a resumed run goes on from."""
+
+    state: optim.TrainState
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; the two latest are kept."""
+
+    def __init__(self, out: Path):
+        self._manager = _manager(Path(out) / "checkpoints", keep=2)
+
+    def latest(self) -> int | None:
+        """Number of the last whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: optim.TrainState, data: grain.DatasetIterator, meta: dict[str, Any]) -> None:
+        """Save everything; returns when it is on disk."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                data=grain.checkpoint.CheckpointSave(data),
+                meta=ocp.args.JsonSave(meta | {"format": FORMAT}),
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract: optim.TrainState, data: grain.DatasetIterator) -> Restored:
+        """Load the last checkpoint into `abstract`'s shapes and shardings and set the data iterator back."""
+        step = self.latest()
+        if step is None:
+            raise errors.InputError(f"{self._manager.directory}: no checkpoint to resume from; start without --resume")
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta.get("format") != FORMAT:
+            raise errors.InputError(
+                f"{self._manager.directory}/{step}: checkpoint format {meta.get('format')}, this version reads {FORMAT}"
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract._asdict()),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        return Restored(optim.TrainState(**restored["state"]), meta)
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        self._manager.close()
+
+
+class Best:
+    """Parameters of the best step so far."""
+
+    def __init__(self, out: Path):
+        self._manager = _manager(Path(out) / "best", keep=1)
+
+    def save(self, step: int, params: dict, metrics: dict[str, float]) -> None:
+        """Replace the kept parameters."""
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(metrics))
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        self._manager.close()
+
+
+class Loaded(NamedTuple):
+    """A model ready to run."""
+
+    config: model.Config
+    params: dict
+    folder: Path  # where its tokenizer and preprocessor files lie
+
+
+def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best") -> Loaded:
+    """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none)."""
+    path = Path(path)
+    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    settings = hf.read_config(folder)
+    _, abstract = model.build(settings)
+    shardings = None if mesh is None else sharding.of_params(abstract, mesh)
+    if folder == path:
+        return Loaded(settings, hf.read_params(path, settings, shardings), folder)
+    best, last = _steps(path / "best"), _steps(path / "checkpoints")
+    if which == "best" and best:
+        at, item = path / "best" / str(best[-1]) / "params", lambda tree: tree
+    elif last:
+        at, item = path / "checkpoints" / str(last[-1]) / "state", lambda tree: tree["params"]
+    else:
+        raise errors.InputError(f"{path}: a run folder without a checkpoint; let it train until its first save")
+    tree = ocp.StandardCheckpointer().restore(at.absolute())
+    params = jax.tree.map(lambda p: np.asarray(p), item(tree))
+    if shardings is None:
+        return Loaded(settings, jax.tree.map(jax.numpy.asarray, params), folder)
+    return Loaded(settings, jax.tree.map(jax.device_put, params, shardings), folder)
+
+
+def export(source: str | Path, out: str | Path, *, dtype: str = "float32", which: str = "best") -> Path:
+    """Write a run's parameters (or another folder's) as a Hugging Face folder."""
+    loaded = load_model(source, which=which)
+    return hf.write_folder(Path(out), loaded.params, loaded.config, loaded.folder, dtype=dtype)
+
+
+def digest(params: dict) -> str:
+    """A hash of parameter values, to tell one reference model from another."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total.update(json.dumps([str(k) for k in path]).encode())
+        total.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return total.hexdigest()
+
+
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []

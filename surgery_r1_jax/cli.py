@@ -1,0 +1,371 @@
+"""The command `surgery-r1`: one parser and one short handler for each thing it does.
+
+Handlers import what they need when they run, so help and refusals come at once, without jax. A handler returns an
+exit status or None for 0; what it raises becomes one line on standard error and these statuses:
+
+    1    no memory or disk left; `data check` found errors      75   stopped on request, state saved: use --resume
+    2    a mistake in the command, a file or the data            130  interrupted from the keyboard
+    5    training met non-finite numbers
+
+Anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from surgery_r1_jax import __version__
+from surgery_r1_jax.errors import InputError, NumericError, Preempted
+
+SPLITS = ("train", "dev", "val", "all")
+ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic surgery, by SFT and by GRPO."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except (InputError, NumericError) as error:
+        return _refuse(error, error.exit_status)
+    except Preempted as stop:
+        return _refuse(stop, stop.exit_status, "stopped")
+    except KeyboardInterrupt:
+        return _refuse("interrupted", 130, "stopped")
+    except MemoryError:
+        return _refuse("no memory left; use smaller batches or fewer processes", 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            return _refuse(f"{where}{error.strerror}; make room and start again with --resume", 1)
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 128 + 13  # as a shell reports a process that wrote to a closed pipe
+        raise
+
+
+def start_devices() -> None:
+    """Set what jax and its companions read when they are first imported; the user's environment wins."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgery_r1_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
+
+
+# The handlers
+
+
+def _demo(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import demo
+
+    return demo.run(args.out, smoke=args.smoke, seed=args.seed)
+
+
+def _synth(args: argparse.Namespace) -> int | None:
+    from surgery_r1_jax import synth
+
+    return synth.write(
+        args.directory,
+        frames=args.frames,
+        seed=args.seed,
+        size=args.size,
+        max_tools=args.max_tools,
+        balance=args.balance,
+        jobs=args.jobs,
+    )
+
+
+def _check(args: argparse.Namespace) -> int | None:
+    from surgery_r1_jax import check
+
+    return check.main(args.directory, strict=args.strict, json_path=args.json)
+
+
+def _sft(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import sft
+
+    return sft.run(args.config, args.out, resume=args.resume, overrides=args.overrides)
+
+
+def _grpo(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import grpo
+
+    return grpo.run(args.config, args.out, resume=args.resume, overrides=args.overrides)
+
+
+def _evaluate(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import evaluate
+
+    return evaluate.run(
+        args.checkpoint,
+        args.data,
+        args.split,
+        args.out,
+        batch_frames=args.batch_frames,
+        max_completion=args.max_completion,
+        reasoning=args.reasoning,
+    )
+
+
+def _export(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import hf
+
+    return hf.export(args.checkpoint, args.hf_dir)
+
+
+def _ask(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import ask
+
+    return ask.run(args.checkpoint, args.image, args.question, save=args.save)
+
+
+def _doctor(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import doctor
+
+    return doctor.run(args.config, args.overrides)
+
+
+def _report(args: argparse.Namespace) -> int | None:
+    from surgery_r1_jax import report
+
+    return report.run(args.run_dirs, args.out)
+
+
+# The command line
+
+
+def commands() -> dict[str, "_Parser"]:
+    """Every command's parser by its name."""
+    table: dict[str, _Parser] = {}
+
+    def command(name: str, handler: Callable, about: str, example: str, overrides: bool = False) -> Callable:
+        """A new command; the function that adds its arguments."""
+        table[name] = _Parser(name, about, example, overrides)
+        table[name].set_defaults(handler=handler)
+        return table[name].add_argument
+
+    def config_and_run(add: Callable) -> None:
+        """The arguments of a training program."""
+        add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+        add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
+        add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
+
+    add = command("demo", _demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for data, model, runs and report")
+    add("--smoke", action="store_true", help="only a few steps, to see that everything works (default: off)")
+    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+
+    add = command("data synth", _synth, "Draw a data set of synthetic frames.", "data/synth --frames 200 --seed 0")
+    add("directory", type=Path, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
+    add("--frames", type=_number(int, 1), required=True, metavar="N", help="number of frames")
+    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+    add("--size", type=_size, default="1280x1024", metavar="WxH", help="pixels of a frame (default: %(default)s)")
+    add("--max-tools", type=_number(int, 1), default=4, metavar="K", help="instruments a frame (default: %(default)s)")
+    add(
+        "--balance",
+        type=_number(float, 0, 1),
+        default=0.0,
+        metavar="X",
+        help="0: classes as rare as in surgery, 1: all alike (default: %(default)s)",
+    )
+    add("--jobs", type=_number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
+
+    add = command("data check", _check, "Check every label and image of a data set.", "data/EndoVis-18-VQLA")
+    add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
+    add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
+
+    sft_example = "--config configs/sft.yaml --out runs/sft --optim.learning_rate=1e-5"
+    config_and_run(command("sft", _sft, "Fine-tune on answers, boxes and reasoning.", sft_example, True))
+    grpo_example = "--config configs/grpo.yaml --out runs/grpo --rollout.temperature=0.9"
+    config_and_run(command("grpo", _grpo, "Reinforce a fine-tuned model by GRPO.", grpo_example, True))
+
+    example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
+    add = command("evaluate", _evaluate, "Answer every question of a split and score the answers.", example)
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
+    add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
+    add("--batch-frames", type=_number(int, 1), default=8, metavar="N", help="frames at once (default: %(default)s)")
+    add(
+        "--max-completion",
+        type=_number(int, 1),
+        default=256,
+        metavar="N",
+        help="tokens of an answer (default: %(default)s)",
+    )
+    add(
+        "--reasoning",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the model think before it answers (default: it does)",
+    )
+
+    add = command("export", _export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory")
+    add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
+
+    example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
+    add = command("ask", _ask, "Ask one question about one image.", example)
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--image", type=Path, required=True, metavar="FILE", help="JPEG or PNG frame")
+    add("question", metavar="QUESTION", help="the question, in quotes")
+    add("--save", type=Path, metavar="PNG", help="write the image with the answer drawn on it (default: not written)")
+
+    example = "--config configs/grpo.yaml --mesh.tensor=4"
+    about = "Tell what a configuration needs and whether this machine has it."
+    add = command("doctor", _doctor, about, example, True)
+    add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+
+    add = command(
+        "report", _report, "Make one page from the evaluations of some runs.", "runs/sft runs/grpo --out r.html"
+    )
+    add("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, in the order of the page")
+    add("--out", type=Path, required=True, metavar="FILE", help="HTML page in one piece")
+    return table
+
+
+def _run(argv: list[str]) -> int:
+    """Find the command, sort its words and call its handler."""
+    table = commands()
+    if argv == ["--version"]:
+        print(f"surgery-r1 {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help") or argv in (["data"], ["data", "-h"], ["data", "--help"]):
+        print(_overview(table))
+        return 0 if "-h" in argv or "--help" in argv else 2
+    name = next((name for name in (" ".join(argv[:2]), argv[0]) if name in table), None)
+    if name is None:
+        given = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+        raise InputError(f"unknown command '{given}'; {_nearest(given, table)}")
+    parser, words = table[name], argv[len(name.split()) :]
+    if "-h" in words or "--help" in words:
+        print(parser.format_help())
+        return 0
+    words, overrides = _sort(parser, words)
+    args = parser.parse_args(words)
+    args.overrides = overrides
+    return args.handler(args) or 0
+
+
+def _sort(parser: "_Parser", words: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own words and the overrides `--section.key=value` among them; refuses unknown flags."""
+    own, overrides = [], []
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if not word.startswith("--") or flag in parser.flags:
+            own.append(word)
+        elif not parser.takes_overrides or difflib.get_close_matches(flag, parser.flags, 1, 0.8):
+            raise InputError(f"unknown flag '{flag}'; {_nearest(flag, parser.flags)}")
+        elif not equals:
+            raise InputError(f"unknown flag '{flag}'; to override a key of the configuration write {flag}=VALUE")
+        else:
+            overrides.append(word)
+    return own, overrides
+
+
+def _overview(table: dict[str, "_Parser"]) -> str:
+    """The help text of the whole program."""
+    lines = [f"  {name:<12}{parser.description}" for name, parser in table.items()]
+    return f"""usage: surgery-r1 COMMAND ...
+
+{ABOUT}
+
+commands:
+{chr(10).join(lines)}
+
+example:
+  surgery-r1 demo --out runs/demo --smoke
+
+'surgery-r1 COMMAND --help' tells the arguments of a command, --version the version."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A command's ArgumentParser, which knows its flags and raises InputError for a mistake."""
+
+    def __init__(self, name: str, about: str, example: str, takes_overrides: bool):
+        self.flags: list[str] = []
+        self.takes_overrides = takes_overrides
+        more = "\n\nany key of the configuration can be overridden: --section.key=value" if takes_overrides else ""
+        super().__init__(
+            prog=f"surgery-r1 {name}",
+            description=about,
+            epilog=f"example:\n  surgery-r1 {name} {example}{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        self.flags += [name for name in action.option_strings if name.startswith("--")]
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _nearest(wrong: str, names: Iterable[str]) -> str:
+    """The remedy for a mistyped name."""
+    near = difflib.get_close_matches(wrong, names, 1)
+    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+
+
+def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Reads an int or a float within limits."""
+
+    def read(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {limits}, given '{text}'")
+        return number
+
+    return read
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Reads WIDTHxHEIGHT."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 0 < len(width) < 6 and 0 < len(height) < 6):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT as in 1280x1024, given '{text}'")
+    return int(width), int(height)
+
+
+def _refuse(reason: object, status: int, word: str = "error") -> int:
+    """Print each line of a reason so that it cannot steer the terminal; the status."""
+    for line in str(reason).splitlines():
+        print(f"{word}: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)}", file=sys.stderr)
+    return status
+
+
+def _reader_left() -> bool:
+    """Whether the program that read our standard output is gone; nothing more is written to it then."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

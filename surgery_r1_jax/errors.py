@@ -1,0 +1,19 @@
+"""The errors that end a program with one clear line instead of a traceback, and their exit statuses."""
+
+
+class InputError(Exception):
+    """Something the user can mend: a file, a line, a key, a box. The message says what, where and the remedy."""
+
+    exit_status = 2
+
+
+class NumericError(Exception):
+    """Training met non-finite numbers too often to go on. The message says the step and the last good checkpoint."""
+
+    exit_status = 5
+
+
+class Preempted(Exception):
+    """The process was asked to stop; its state is saved and the same command with --resume goes on."""
+
+    exit_status = 75

@@ -1,0 +1,309 @@
+"""Group relative policy optimisation of a vision-language model on frames with questions.
+
+    prompts -> rollout -> grade -> rewards -> advantages -> update
+     Grain     jitted     host     jitted      jitted       jitted
+
+Read `train` from top to bottom: it is the run. Rollout and update share one set of weights and one scoring
+function, so there is no gap between sampler and trainer to correct; what rounding leaves is logged.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, model_validator
+
+from surgery_r1_jax import (
+    advantages,
+    checkpoint,
+    config,
+    errors,
+    evaluate,
+    grade,
+    log,
+    model,
+    objectives,
+    optim,
+    pipeline,
+    rewards,
+    run,
+    sampling,
+    scoring,
+    sharding,
+)
+from surgery_r1_jax.batch import FrameBatch
+
+
+class Config(config.Config):
+    """A whole GRPO run."""
+
+    model: str = Field(description="Hugging Face folder, or a run folder, to start from; also the frozen reference")
+    seed: int = 0
+    samples: int = Field(8, ge=2, description="completions of a question (G); they compete with each other")
+    updates: int = Field(1, ge=1, description="updates on each rollout")
+    minibatches: int = Field(1, ge=1, description="parts of the rollout's frames, one optimiser step each")
+    accumulate: int = Field(1, ge=1, description="parts that a minibatch is cut into, one after the other")
+    mask_flat: bool = Field(False, description="leave groups whose rewards are all equal out of the loss")
+    resample_flat: int = Field(0, ge=0, description="times that flat groups are drawn anew before they are accepted")
+    table_rows: int = Field(4, ge=0, description="sampled completions shown and written at every evaluation")
+    data: pipeline.Config
+    sampler: sampling.Config = sampling.Config()
+    reward: rewards.Config = rewards.Config()
+    objective: objectives.Config = objectives.Config()
+    optimizer: optim.Config = optim.Config(learning_rate=1e-6)
+    compute: run.Compute = run.Compute()
+    schedule: run.Schedule = run.Schedule()
+    evaluation: evaluate.Config = evaluate.Config()
+
+    @model_validator(mode="after")
+    def _parts_divide(self):
+        if self.data.frames % (self.minibatches * self.accumulate):
+            raise ValueError(
+                f"data.frames {self.data.frames} does not divide by minibatches {self.minibatches} x accumulate "
+                f"{self.accumulate}: minibatches are made of whole frames"
+            )
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature 0 draws the same completion every time; GRPO needs variety")
+        return self
+
+
+class Experience(NamedTuple):
+    """A graded rollout: all that an update reads. Leading axis frames."""
+
+    batch: FrameBatch  # every lane a question and its completion
+    mask_BJT: jax.Array  # bool, tokens in the loss
+    old_logp_BJT: jax.Array
+    ref_logp_BJT: jax.Array  # zeros without a KL term
+    advantage_BJ: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def roll_out(graph, settings: Config, params, prompts, key, frame_B, words: sampling.Vocabulary) -> sampling.Rollout:
+    """Draw the completions of all lanes."""
+    net = model.bind(graph, params)
+    return sampling.rollout(net, prompts, key, frame_B, words, settings.sampler, settings.samples)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def judge(settings: Config, judged: rewards.Judged, drawn: sampling.Rollout):
+    """Rewards, advantages by question, the tokens in the loss, and statistics under TRL's names."""
+    earned = rewards.score(judged, settings.reward)
+    B, J = earned.total.shape
+    truncated_BJ = judged.valid & ~drawn.stopped_BJ
+    compared = advantages.from_rewards(
+        earned.total,
+        jnp.broadcast_to(jnp.arange(J) // settings.samples, (B, J)),
+        judged.valid,
+        num_groups=J // settings.samples,
+        scale=settings.objective.scale,
+        baseline_BJ=None if settings.objective.truncated_in_baseline else ~truncated_BJ,
+    )
+    kept_BJ = compared.scorable_BJ
+    if settings.mask_flat:
+        kept_BJ &= ~jnp.repeat(compared.flat_BQ, settings.samples, axis=1)
+    mask_BJT = objectives.loss_mask(drawn.mask_BJT, kept_BJ, truncated_BJ, settings.objective)
+
+    count = jnp.maximum(jnp.sum(judged.valid), 1)
+    mean = lambda x_BJ: jnp.sum(jnp.where(judged.valid, x_BJ, 0.0)) / count  # noqa: E731
+    length_BJ = jnp.sum(drawn.mask_BJT, axis=-1).astype(jnp.float32)
+    right_BJ = earned.accuracy > 0.5
+    stats = compared.stats | {
+        "completions/mean_length": mean(length_BJ),
+        "completions/max_length": jnp.max(length_BJ),
+        "completions/clipped_ratio": mean(truncated_BJ),
+        "parse_failure_rate": mean((judged.answer < 0) | ~judged.box_ok),
+        "illusion_rate": mean(right_BJ & (rewards.iou(judged) < 0.5)) / jnp.maximum(mean(right_BJ), 1e-9),
+        "num_tokens": jnp.sum(drawn.mask_BJT),
+    }
+    for name in ("format", "accuracy", "iou", "coherence"):
+        term_BJ = getattr(earned, name)
+        stats[f"rewards/{name}/mean"] = mean(term_BJ)
+        stats[f"rewards/{name}/std"] = jnp.sqrt(mean((term_BJ - mean(term_BJ)) ** 2))
+    return earned, compared, mask_BJT, stats
+
+
+def token_scores(graph, settings: Config, params, batch: FrameBatch, allowed_V) -> scoring.TokenScores:
+    """How likely the drawn tokens are under the distribution that the sampler draws from; fields [B, J, T]."""
+    net = model.bind(graph, params)
+    scores = scoring.score_tokens(
+        net.scored(batch),
+        net.unembed_VD,
+        batch.score_target_BL,
+        temperature=settings.sampler.temperature,
+        allowed_V=allowed_V,
+    )
+    lanes = (*batch.branch_ids_BJT.shape[:2], settings.sampler.max_tokens)
+    return jax.tree.map(lambda x_BL: x_BL.reshape(lanes), scores)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def reference_logp(graph, settings: Config, params, batch, allowed_V):
+    """Log-probabilities of the drawn tokens under the frozen reference [B, J, T]."""
+    return token_scores(graph, settings, params, batch, allowed_V).logp_BL
+
+
+lay_out = jax.jit(sampling.branches, static_argnums=2)
+
+
+def update(graph, tx, settings: Config, state: optim.TrainState, experience: Experience, allowed_V):
+    """One optimiser step on graded frames."""
+    whole = objectives.totals(
+        experience.mask_BJT, max_completion=settings.sampler.max_tokens, parts=settings.accumulate
+    )
+
+    def part_loss(params, part: Experience):
+        scores = token_scores(graph, settings, optim.freeze(params, settings.optimizer), part.batch, allowed_V)
+        return objectives.policy_loss(
+            scores.logp_BL,
+            part.old_logp_BJT,
+            part.advantage_BJ,
+            part.mask_BJT,
+            whole,
+            settings.objective,
+            ref_logp_BJT=part.ref_logp_BJT if settings.objective.beta > 0 else None,
+            entropy_BJT=scores.entropy_BL,
+        )
+
+    def join(a, b):
+        ((loss, stats), gradients), ((more, more_stats), more_gradients) = a, b
+        return (loss + more, objectives.merge(stats, more_stats)), jax.tree.map(jnp.add, gradients, more_gradients)
+
+    grad = jax.value_and_grad(part_loss, has_aux=True)
+    (loss, stats), gradients = run.sum_over_parts(
+        lambda part: grad(state.params, part), experience, settings.accumulate, join
+    )
+    state, more = optim.update(state, loss, gradients, tx)
+    return state, stats | more | {"loss": loss}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def update_step(graph, tx, settings: Config, state, experience: Experience, allowed_V, part):
+    """One optimiser step on minibatch number `part` of a rollout; the state is given away."""
+
+    def cut(x):
+        return jax.lax.dynamic_index_in_dim(x.reshape(-1, settings.minibatches, *x.shape[1:]), part, 1, keepdims=False)
+
+    return update(graph, tx, settings, state, jax.tree.map(cut, experience), allowed_V)
+
+
+def sample(runner: evaluate.Runner, settings: Config, params, prompts, gold, key):
+    """Draw, grade and judge the completions of a batch; flat groups are drawn anew as often as configured.
+
+    Returns the rollout, its grading, rewards, advantages, loss mask and statistics.
+    """
+    frame_B = sharding.put_batch(gold.frame_B, runner.mesh)
+    drawn = roll_out(runner.graph, settings, params, prompts, key, frame_B, runner.vocabulary)
+    for attempt in range(settings.resample_flat + 1):
+        tokens, stopped = sharding.local_rows((drawn.tokens_BJT, drawn.stopped_BJ))
+        graded = grade.grade(tokens, stopped, gold, runner.encoder, settings.samples)
+        judged = judge(settings, sharding.put_batch(graded.judged, runner.mesh), drawn)
+        if attempt == settings.resample_flat or not float(judged[3]["flat_groups"]):
+            return drawn, graded, *judged
+        anew = jax.random.fold_in(key, attempt + 1)
+        again = roll_out(runner.graph, settings, params, prompts, anew, frame_B, runner.vocabulary)
+        drawn = _replace_flat(drawn, again, judged[1].flat_BQ, settings.samples)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _replace_flat(drawn, again, flat_BQ, samples: int):
+    flat_BJ = jnp.repeat(flat_BQ, samples, axis=1)
+    choose = lambda old, new: jnp.where(flat_BJ.reshape(*flat_BJ.shape, *[1] * (old.ndim - 2)), new, old)  # noqa: E731
+    return jax.tree.map(choose, drawn, again)
+
+
+def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
+    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
+    out, plan = Path(out), settings.schedule
+    setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
+    runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
+
+    frames = pipeline.read(settings.data)
+    stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
+    data, data_hash = iter(stream), pipeline.fingerprint(frames)
+    dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
+
+    # The reference is the start, frozen; without a KL term there is none.
+    reference = jax.tree.map(jnp.copy, setup.params) if settings.objective.beta > 0 else None
+    reference_hash = checkpoint.digest(reference) if reference is not None else None
+    steps = plan.steps * settings.updates * settings.minibatches
+    tx = optim.transformation(settings.optimizer, steps, setup.params)
+    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
+    shardings = run.state_shardings(abstract, setup)
+    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
+    saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
+    first, best_rate, scores = 0, -1.0, {}
+    if resume:
+        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        run.same_data(restored.meta, data_hash, out)
+        if restored.meta["reference"] != reference_hash:
+            raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
+        state, first, best_rate = restored.state, restored.meta["step"], restored.meta["best_rate"]
+
+    key = jax.random.key(settings.seed)
+    with (
+        run.StopSignal() as stop,
+        log.RunLog(
+            out,
+            total_steps=plan.steps,
+            description="grpo",
+            resume_step=first if resume else None,
+            enabled=jax.process_index() == 0,
+            tensorboard=plan.tensorboard,
+        ) as journal,
+    ):
+        for step in range(first + 1, plan.steps + 1):
+            host_prompts, gold = next(data)
+            prompts = sharding.put_batch(host_prompts, runner.mesh)
+            drawn, graded, earned, compared, mask_BJT, stats = sample(
+                runner, settings, state.params, prompts, gold, jax.random.fold_in(key, step)
+            )
+            batch = lay_out(prompts, drawn, settings.samples)
+            ref_logp = jnp.zeros_like(drawn.logp_BJT)
+            if reference is not None:
+                ref_logp = reference_logp(runner.graph, settings, reference, batch, allowed_V)
+            experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
+            for part in list(range(settings.minibatches)) * settings.updates:
+                state, more = update_step(runner.graph, tx, settings, state, experience, allowed_V, np.int32(part))
+            stats |= more
+            if step % plan.log_every == 0 or step == plan.steps:
+                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
+            ending = stop.seen or step == plan.steps
+            if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
+                journal.table(step, completions(graded, earned, frames, gold, settings))
+                predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
+                scores = evaluate.score(predictions)
+                journal.metrics(step, run.flat(scores), split=settings.evaluation.split)
+                if scores["joint_rate"] > best_rate:
+                    best_rate = scores["joint_rate"]
+                    best.save(step, state.params, {"joint_rate": best_rate})
+            run.check_sound(step, stats, plan)
+            if ending or step % plan.save_every == 0:
+                meta = {"step": step, "data": data_hash, "best_rate": best_rate, "reference": reference_hash}
+                saved.save(step, state, data, meta)
+            if stop.seen and step < plan.steps:
+                raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
+    saved.close()
+    best.close()
+    return scores
+
+
+def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, settings: Config) -> list[dict]:
+    """Sampled completions of the first frames with their rewards, for the log's table."""
+    terms = sharding.local_rows(earned)
+    rows = []
+    for b, number in enumerate(gold.frame_B):
+        for q in np.flatnonzero(gold.valid_BQ[b]):
+            record, j = frames[number].records[gold.record_BQ[b, q]], q * settings.samples
+            row = dict(frame=frames[number].id, question=record.question, answer=record.answer)
+            row |= dict(completion=graded.texts[b][j], reason=graded.parsed[b][j].reason.name)
+            rows.append(row | {name: float(term[b, j]) for name, term in terms._asdict().items()})
+    return rows[: settings.table_rows]
+
+
+def start(config_path: str | Path, out: str | Path, *, resume: bool = False, overrides=()) -> int:
+    """The `grpo` command."""
+    train(config.load(Config, config_path, overrides), out, resume=resume)
+    return 0

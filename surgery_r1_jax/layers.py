@@ -1,0 +1,90 @@
+"""The layers that tower and decoder share: parameters with named axes, linear, norm, gated MLP, rotary.
+
+A parameter names its logical axes where it is made; `sharding.RULES` says where they live. Layers of a stack
+are one parameter with a leading `layers` axis, made here by `stack=` and sliced by the scan over the stack.
+Compute runs in the dtype of the input; norms, softmax and angles stay in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[..., jax.Array]
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model computes, apart from what: none of it changes the result but for rounding."""
+
+    dtype: Dtype = "float32"
+    remat: bool = False  # recompute each decoder layer in the backward pass
+    tower_remat: bool = False
+    query_chunk: int | None = None  # queries whose scores are held at a time, in prefix and full vision attention
+
+
+def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer, stack: int | None) -> nnx.Param:
+    """A float32 parameter with named logical axes; `stack` adds a leading layer axis."""
+    if stack is not None:
+        shape, axes = (stack, *shape), ("layers", *axes)
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """A linear map from the last `inputs` axes of its input to the remaining axes of `shape`."""
+
+    def __init__(self, shape, axes, *, rngs, inputs=1, bias=False, stack=None):
+        # Range of a normal at HF's own initialiser; only models trained from scratch ever see it.
+        self.kernel = param(rngs, shape, axes, nnx.initializers.normal(0.02), stack)
+        self.bias = param(rngs, shape[inputs:], axes[inputs:], nnx.initializers.zeros, stack) if bias else None
+        self.inputs = inputs
+
+    def __call__(self, x):
+        """Map [..., in] to [..., out]."""
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.inputs)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(self, size, *, rngs, eps, stack=None):
+        self.scale = param(rngs, (size,), ("norm",), nnx.initializers.ones, stack)
+        self.eps = eps
+
+    def __call__(self, x):
+        """Normalise [..., size]."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width, hidden, axes, *, rngs, bias=False, stack=None):
+        outer, inner = axes
+        up = dict(shape=(width, hidden), axes=(outer, inner), rngs=rngs, bias=bias, stack=stack)
+        self.gate, self.up = Linear(**up), Linear(**up)
+        self.down = Linear((hidden, width), (inner, outer), rngs=rngs, bias=bias, stack=stack)
+
+    def __call__(self, x):
+        """Map [..., width] to [..., width]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+    """Turn the halves of the last axis against each other: x [..., N, H] by float32 angles [..., H/2]."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = (f(angle)[..., None, :].astype(wide) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def inverse_frequencies(size: int, theta: float) -> jax.Array:
+    """Rotary frequencies of `size` / 2 pairs, float32."""
+    return 1.0 / theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)

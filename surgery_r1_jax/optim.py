@@ -1,0 +1,144 @@
+"""Optimiser and train state: schedule, parts with their own rate, clipping, and a gate against bad numbers.
+
+The whole transition (parameters, moments, step count of the optimiser) is taken or left as one: a step whose loss
+or gradient is not finite changes nothing but its own counters.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from pydantic import Field
+
+from surgery_r1_jax import config, model
+
+INPUTS = {"o": 2, "proj": 2}  # kernels that contract two axes (heads and head width); all others one
+
+
+class Rates(config.Config):
+    """Share of the learning rate that each part learns with; 0 freezes it and keeps no moments for it."""
+
+    tower: float = Field(1.0, ge=0)
+    merger: float = Field(1.0, ge=0)
+    decoder: float = Field(1.0, ge=0)
+
+
+class Config(config.Config):
+    """How gradients become updates."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises from 0")
+    hold: float = Field(0.0, ge=0, le=1, description="share of the steps after warm-up at the full rate")
+    final: float = Field(0.0, ge=0, le=1, description="rate at the last step, as a share of the full one")
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="of kernels and embeddings, not of norms and biases")
+    clip_norm: float = Field(1.0, gt=0)
+    adam_share: float = Field(0.2, gt=0, description="with muon: rate of what is no matrix, embeddings included")
+    rates: Rates = Rates()
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    step: jax.Array  # int32, batches seen
+    params: dict
+    opt_state: optax.OptState
+    skipped: jax.Array  # int32, steps not taken because of non-finite numbers
+    skipped_in_a_row: jax.Array
+
+
+def schedule(settings: Config, steps: int) -> optax.Schedule:
+    """Learning rate by optimiser step."""
+    full, last = settings.learning_rate, settings.learning_rate * settings.final
+    rising, held = int(settings.warmup * steps), int(settings.hold * steps)
+    falling = max(1, steps - rising - held)
+    match settings.schedule:
+        case "constant":
+            after = optax.constant_schedule(full)
+        case "linear":
+            after = optax.linear_schedule(full, last, falling)
+        case "cosine":
+            after = optax.cosine_decay_schedule(full, falling, alpha=settings.final)
+    # The first step already moves: a rise from exactly 0 would waste it.
+    rise = optax.linear_schedule(full / (rising + 1), full, max(1, rising))
+    return optax.join_schedules([rise, optax.constant_schedule(full), after], [rising, rising + held])
+
+
+def transformation(settings: Config, steps: int, params: dict) -> optax.GradientTransformation:
+    """The optax chain; `params` may be abstract."""
+    rate = schedule(settings, steps)
+    rates = _map(lambda path, _: getattr(settings.rates, model.part_of(path)), params)
+    trained = jax.tree.map(lambda share: share > 0, rates)
+    decayed = _map(lambda path, _: path[-1] in ("kernel", "embed", "head"), params)
+    if settings.kind == "muon":
+        core = optax.contrib.muon(
+            rate,
+            ns_steps=4,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            adam_learning_rate=lambda step: settings.adam_share * rate(step),
+            weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=lambda tree: _map(_matrix_axes, tree),
+        )
+    else:
+        core = optax.adamw(
+            rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay, mask=decayed
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.masked(core, trained),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, share: u * share, updates, rates)),
+    )
+
+
+def freeze(params: dict, settings: Config) -> dict:
+    """Parameters of which the frozen parts get no gradient, so that it is not even computed."""
+    return _map(
+        lambda path, p: p if getattr(settings.rates, model.part_of(path)) > 0 else jax.lax.stop_gradient(p), params
+    )
+
+
+def start(params: dict, tx: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), zero, zero)
+
+
+def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Take one step, or none where the loss or any gradient is not finite."""
+    norm = optax.global_norm(gradients)
+    sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def take(_):
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(sound, take, lambda _: (state.params, state.opt_state), None)
+    missed = (~sound).astype(jnp.int32)
+    new = TrainState(
+        state.step + 1,
+        params,
+        opt_state,
+        state.skipped + missed,
+        jnp.where(sound, 0, state.skipped_in_a_row + 1),
+    )
+    return new, {"grad_norm": norm, "skipped_steps": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
+
+
+def _matrix_axes(path, leaf):
+    """Which axes of a layer's kernel make the matrix that muon orthogonalises; None: Adam."""
+    if path[-1] != "kernel" or path[-2] == "patch_embed":
+        return None
+    first = 1 if "blocks" in path else 0  # stacked layers are a batch of matrices
+    middle = first + INPUTS.get(path[-2], 1)
+    return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
+
+
+def _map(function, tree):
+    """Map over leaves with their path of names."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(tuple(k.key for k in path), leaf), tree)

@@ -1,0 +1,211 @@
+"""Grain pipelines: frames on disk to batches, deterministic, sharded by process, restorable at any step.
+
+A row is a frame with some of its questions. Rows and all extents are planned once, from token counts, before
+anything is decoded; after that every batch has the same shape, so every program compiles once. Every process
+reads its own rows only.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from pydantic import Field
+
+from surgery_r1_jax import batch, config, errors, examples, grid, records
+from surgery_r1_jax.batch import FrameBatch, Gold, Shape
+from surgery_r1_jax.examples import Encoder
+from surgery_r1_jax.records import Frame
+
+
+class Config(config.Config):
+    """Which frames are read and how they are batched."""
+
+    root: str = Field(description="data set folder in the EndoVis-VQLA layout")
+    split: str = Field("train", description="train, dev, val or all")
+    frames: int = Field(8, ge=1, description="frames in a batch, over all processes")
+    questions: int = Field(5, ge=1, description="most questions of a frame in one row")
+    strict: bool = Field(False, description="refuse boxes outside the image instead of clipping them")
+    limit: int = Field(0, ge=0, description="use only so many frames, spread evenly; 0: all")
+    threads: int = Field(2, ge=1, description="decoding threads of a process")
+    workers: int = Field(0, ge=0, description="decoding processes beside the main one")
+
+
+class Targets(config.Config):
+    """What SFT teaches of a record."""
+
+    reasoning: float = Field(1.0, ge=0, le=1, description="share of answers with their reasoning in front")
+    box_slack: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="push each side of a box outwards by up to this share of its size (coarse labels)",
+    )
+
+
+class Row(NamedTuple):
+    """A frame and the questions asked of it together."""
+
+    frame: int
+    records: tuple[int, ...]
+
+
+class Shard(NamedTuple):
+    """Which of how many equal parts of every batch this process reads."""
+
+    index: int = 0
+    count: int = 1
+
+
+def read(settings: Config) -> list[Frame]:
+    """The frames of the configured split."""
+    frames = records.split(records.read(settings.root, strict=settings.strict), settings.split)
+    if settings.limit and settings.limit < len(frames):
+        frames = [frames[i] for i in np.linspace(0, len(frames) - 1, settings.limit).round().astype(int)]
+    return frames
+
+
+def plan_rows(frames: Sequence[Frame], questions: int, seed: int | None = None) -> list[Row]:
+    """Share each frame's records out over as few rows as possible, of nearly equal size; seeded order if asked."""
+    rows = []
+    for number, frame in enumerate(frames):
+        order = np.arange(len(frame.records))
+        if seed is not None:
+            order = np.random.default_rng([seed, number]).permutation(order)
+        count = -(-len(order) // questions)
+        rows += [Row(number, tuple(int(i) for i in part)) for part in np.array_split(order, count) if part.size]
+    return rows
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple, at least one."""
+    return max(1, -(-n // multiple)) * multiple
+
+
+def plan_prefix(encoder: Encoder, frames: Sequence[Frame]) -> tuple[int, int]:
+    """Windows and prefix tokens that hold every frame of the set."""
+    grids = {encoder.patch_grid(frame) for frame in frames}
+    merge = encoder.preprocessor.merge_size
+    windows = max(grid.count_windows([g], encoder.window_side, merge) for g in grids)
+    return windows, round_up(max(len(encoder.prefix_ids([g])) for g in grids), 8)
+
+
+def training(
+    frames: Sequence[Frame],
+    encoder: Encoder,
+    settings: Config,
+    targets: Targets,
+    *,
+    seed: int,
+    shard: Shard = Shard(),
+) -> tuple[grain.IterDataset, Shape]:
+    """An endless shuffled stream of training batches (this process's frames of each) and their shape."""
+    rows = plan_rows(frames, settings.questions, seed)
+    branches = {row: [_branch(frames, encoder, targets, seed, row.frame, i) for i in row.records] for row in rows}
+    longest = max(len(b) for group in branches.values() for b in group)
+    lane_tokens = round_up(longest, 8)
+    windows, prefix = plan_prefix(encoder, frames)
+    shape = Shape(
+        windows=windows,
+        prefix=prefix,
+        lanes=max(len(examples.pack([len(b) for b in group], lane_tokens)) for group in branches.values()),
+        lane_tokens=lane_tokens,
+        scored=round_up(max(sum(len(b.completion) for b in group) for group in branches.values()), 8),
+    )
+    make = lambda row: encoder.training(frames[row.frame], branches[row], shape)  # noqa: E731
+    return _stream(rows, make, settings, seed, shard), shape
+
+
+def rollouts(
+    frames: Sequence[Frame], encoder: Encoder, settings: Config, *, seed: int, shard: Shard = Shard()
+) -> tuple[grain.IterDataset, Shape]:
+    """An endless shuffled stream of `(prompts, gold)` batches and their shape."""
+    rows = plan_rows(frames, settings.questions, seed)
+    shape = prompt_shape(frames, encoder, rows)
+    make = lambda row: encoder.prompts(frames[row.frame], row.frame, row.records, shape)  # noqa: E731
+    return _stream(rows, make, settings, seed, shard), shape
+
+
+def once(
+    frames: Sequence[Frame], encoder: Encoder, settings: Config, shard: Shard = Shard()
+) -> tuple[Iterator[tuple[FrameBatch, Gold]], int]:
+    """Every question of every frame exactly once, in order, the last batch padded; and the number of batches."""
+    rows = plan_rows(frames, settings.questions)
+    shape = prompt_shape(frames, encoder, rows)
+    batches = -(-len(rows) // settings.frames)
+    local = _local(settings.frames, shard)
+    mine = [rows[b * settings.frames + shard.index * local :][:local] for b in range(batches)]
+    # A batch may end before this process's part of it begins.
+    mine = [part if b * settings.frames + shard.index * local < len(rows) else [] for b, part in enumerate(mine)]
+    filler_prompts, _ = encoder.prompts(frames[0], 0, (), shape)
+    filler = (batch.padding_like(filler_prompts), batch.padding_gold(shape.lanes))
+
+    def make(part):
+        made = [encoder.prompts(frames[row.frame], row.frame, row.records, shape) for row in part]
+        return batch.stack(made + [filler] * (local - len(made)))
+
+    source = grain.MapDataset.source(mine).map(make)
+    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
+    return iter(source.to_iter_dataset(options)), batches
+
+
+def prompt_shape(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row]) -> Shape:
+    """The shape that holds all questions of these rows, one a lane."""
+    windows, prefix = plan_prefix(encoder, frames)
+    longest = max(len(encoder.prompt(record)) for frame in frames for record in frame.records)
+    lanes = max(len(row.records) for row in rows)
+    return Shape(windows=windows, prefix=prefix, lanes=lanes, lane_tokens=round_up(longest, 8), scored=0)
+
+
+def fingerprint(frames: Sequence[Frame]) -> str:
+    """A hash of all labels and image bytes: a run is not resumed on other data."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        digest.update(f"{frame.id} {frame.width} {frame.height}\n".encode())
+        for record in frame.records:
+            digest.update(f"{record.question}|{record.answer}|{record.box}|{record.think}\n".encode())
+        digest.update(hashlib.sha256(Path(frame.image).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def coarse(box, slack: float, rng: np.random.Generator):
+    """A box whose sides are pushed outwards by up to `slack` of its size, inside the frame."""
+    x0, y0, x1, y1 = box
+    w, h = x1 - x0, y1 - y0
+    a, b, c, d = rng.uniform(0, slack, 4)
+    return max(0.0, x0 - a * w), max(0.0, y0 - b * h), min(1.0, x1 + c * w), min(1.0, y1 + d * h)
+
+
+def _branch(frames, encoder: Encoder, targets: Targets, seed: int, number: int, index: int):
+    frame, record = frames[number], frames[number].records[index]
+    # One coarse box for a tool, whichever of its questions is asked.
+    tool_seed = sum(f"{record.tool}".encode())
+    box = coarse(record.box, targets.box_slack, np.random.default_rng([seed, number, tool_seed]))
+    think = np.random.default_rng([seed, number, index]).random() < targets.reasoning
+    return encoder.branch(frame, record, box=box, think=bool(think))
+
+
+def _stream(rows, make, settings: Config, seed: int, shard: Shard) -> grain.IterDataset:
+    local = _local(settings.frames, shard)
+    if len(rows) < settings.frames:
+        raise errors.InputError(
+            f"{settings.root}: {len(rows)} rows of frames do not fill a batch of {settings.frames}; lower data.frames"
+        )
+    source = grain.MapDataset.source(rows).seed(seed).shuffle()[shard.index :: shard.count]
+    source = source.repeat().map(make).batch(local, batch_fn=batch.stack)
+    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
+    stream = source.to_iter_dataset(options)
+    if settings.workers:
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
+    return stream
+
+
+def _local(frames: int, shard: Shard) -> int:
+    if frames % shard.count:
+        raise errors.InputError(f"a batch of {frames} frames cannot be shared out over {shard.count} processes")
+    return frames // shard.count

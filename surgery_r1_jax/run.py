@@ -1,0 +1,153 @@
+"""What every training run has, whatever it trains: folder, mesh, model, stop signal, and the test for bad numbers."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from surgery_r1_jax import checkpoint, config, errors, evaluate, hf, layers, model, optim, pipeline, sharding
+
+
+class Compute(config.Config):
+    """Precision and memory: see `layers.Compute`."""
+
+    dtype: layers.Dtype = "float32"
+    remat: bool = False
+    tower_remat: bool = False
+    query_chunk: int | None = Field(None, ge=1)
+    mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
+
+
+class Schedule(config.Config):
+    """How long, how often."""
+
+    steps: int = Field(1000, ge=1)
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on the dev split; 0: only at the end")
+    save_every: int = Field(200, ge=1)
+    log_every: int = Field(10, ge=1)
+    max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
+    tensorboard: bool = False
+
+
+class Setup(NamedTuple):
+    """A model on a mesh, before any training."""
+
+    runner: evaluate.Runner
+    params: dict
+    shardings: dict
+    model: model.Config
+
+
+def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *, resume: bool) -> Setup:
+    """Make the run folder and load the model that training starts from onto the mesh."""
+    loaded_folder = _source_folder(source)
+    if (out / "metrics.jsonl").exists() and not resume:
+        raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
+    architecture = hf.read_config(loaded_folder)
+    mesh = sharding.make_mesh(compute.mesh)
+    _, abstract = model.build(architecture)
+    shardings = sharding.of_params(abstract, mesh)
+    loaded = checkpoint.load_model(source, mesh)
+    side = out / "model"
+    if jax.process_index() == 0 and not resume:
+        side.mkdir(parents=True, exist_ok=True)
+        hf.copy_side_files(loaded.folder, side)
+        config.save(settings, out / "config.yaml")
+    how = layers.Compute(compute.dtype, compute.remat, compute.tower_remat, compute.query_chunk)
+    return Setup(evaluate.runner_of(loaded.folder, architecture, mesh, how), loaded.params, shardings, architecture)
+
+
+def sum_over_parts(function, batch, parts: int, add=None):
+    """The sum of `function` over `parts` equal groups of frames, one group on the device at a time.
+
+    A group takes every `parts`-th frame, so that frames spread over devices stay where they are. `add` joins two
+    results (default: leaf by leaf).
+    """
+    if parts == 1:
+        return function(batch)
+    add = add or (lambda a, b: jax.tree.map(jnp.add, a, b))
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    first = function(jax.tree.map(lambda x: x[0], cut))
+    rest = jax.tree.map(lambda x: x[1:], cut)
+    return jax.lax.scan(lambda total, part: (add(total, function(part)), None), first, rest)[0]
+
+
+def state_shardings(state: optim.TrainState, setup: Setup) -> optim.TrainState:
+    """Shardings of the whole state: moments live where their parameters do, counters everywhere."""
+    by_path = {
+        tuple(k.key for k in path): where for path, where in jax.tree_util.tree_leaves_with_path(setup.shardings)
+    }
+    everywhere = sharding.replicated(setup.runner.mesh)
+
+    def place(path, leaf):
+        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        return by_path[names] if names in by_path and leaf.ndim else everywhere
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def check_sound(step: int, stats: dict, settings: Schedule) -> None:
+    """Stop a run whose numbers have gone bad. Raises NumericError."""
+    if int(stats["skipped_in_a_row"]) >= settings.max_bad_steps:
+        raise errors.NumericError(
+            f"step {step}: loss or gradient was not finite {settings.max_bad_steps} times in a row; weights are as after "
+            "the last good step. Lower the learning rate or look at the data, then go on with --resume"
+        )
+
+
+class StopSignal:
+    """Remembers SIGTERM, so that a loop can save at its next step boundary and leave; a context manager."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_):
+        self.seen = True
+
+
+def dev_frames(data: pipeline.Config, settings: evaluate.Config) -> tuple[Sequence, pipeline.Config]:
+    """Frames of the evaluation split, and how to batch them."""
+    chosen = data.model_copy(
+        update=dict(split=settings.split, frames=settings.frames, questions=settings.questions, limit=settings.limit)
+    )
+    return pipeline.read(chosen), chosen
+
+
+def _source_folder(source: str) -> Path:
+    path = Path(source)
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def same_data(meta: dict, data_hash: str, out: Path) -> None:
+    """Refuse to resume on other data. Raises InputError."""
+    if meta["data"] != data_hash:
+        raise errors.InputError(
+            f"{out}: labels or images changed since the checkpoint (fingerprint {meta['data'][:12]}, now "
+            f"{data_hash[:12]}); restore them, or start a new run from {out}"
+        )
+
+
+def abstract_state(state: optim.TrainState, shardings: optim.TrainState) -> optim.TrainState:
+    """Shapes, dtypes and shardings of a state, for restoring into."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, shardings
+    )
+
+
+def flat(scores: dict) -> dict:
+    """Scores by name, those of a question type as kind/name."""
+    plain = {name: value for name, value in scores.items() if name != "by_kind"}
+    for kind, values in scores.get("by_kind", {}).items():
+        plain |= {f"{kind}/{name}": value for name, value in values.items()}
+    return plain

@@ -1,0 +1,153 @@
+"""Supervised fine-tuning: frames with their questions and answers, loss on the answers.
+
+Read `train` from top to bottom: it is the run.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from surgery_r1_jax import (
+    checkpoint,
+    config,
+    errors,
+    evaluate,
+    log,
+    model,
+    optim,
+    pipeline,
+    run,
+    scoring,
+    sharding,
+)
+
+
+class Config(config.Config):
+    """A whole SFT run."""
+
+    model: str = Field(description="Hugging Face folder, or a run folder, to start from")
+    seed: int = 0
+    accumulate: int = Field(1, ge=1, description="parts that each batch is cut into, one after the other on the device")
+    smoothing_sigma: float = Field(0.0, ge=0, description="spread box number targets over their neighbours; 0: off")
+    data: pipeline.Config
+    targets: pipeline.Targets = pipeline.Targets()
+    optimizer: optim.Config = optim.Config()
+    compute: run.Compute = run.Compute()
+    schedule: run.Schedule = run.Schedule()
+    evaluation: evaluate.Config = evaluate.Config()
+
+
+def loss_and_gradients(graph, params, batch, number_V, settings: Config):
+    """Mean loss over the answer tokens of a batch, its gradients and token accuracy, part by part.
+
+    Every part's sums are divided by the whole batch's weight, so the split changes nothing but rounding.
+    """
+    weight = jnp.maximum(batch.score_weight_BL.sum(), 1.0)
+
+    def part_loss(params, part):
+        net = model.bind(graph, optim.freeze(params, settings.optimizer))
+        sums = scoring.cross_entropy(
+            net.scored(part),
+            net.unembed_VD,
+            part.score_target_BL,
+            part.score_weight_BL,
+            number_V=number_V,
+            smoothing_sigma=settings.smoothing_sigma,
+        )
+        return sums.nll / weight, sums.correct
+
+    grad = jax.value_and_grad(part_loss, has_aux=True)
+    (loss, correct), gradients = run.sum_over_parts(lambda part: grad(params, part), batch, settings.accumulate)
+    tokens = jnp.maximum(jnp.sum(batch.score_weight_BL > 0), 1)
+    return loss, gradients, {"loss": loss, "mean_token_accuracy": correct / tokens, "num_tokens": tokens}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
+def train_step(graph, tx, state, batch, number_V, settings: Config):
+    """One update; the state is given away."""
+    loss, gradients, stats = loss_and_gradients(graph, state.params, batch, number_V, settings)
+    state, more = optim.update(state, loss, gradients, tx)
+    return state, stats | more
+
+
+def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
+    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
+    out, plan = Path(out), settings.schedule
+    setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
+    runner = setup.runner
+
+    frames = pipeline.read(settings.data)
+    stream, _ = pipeline.training(
+        frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
+    )
+    data, data_hash = iter(stream), pipeline.fingerprint(frames)
+    dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
+    number_V = jax.device_put(
+        runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
+    )
+
+    tx = optim.transformation(settings.optimizer, plan.steps, setup.params)
+    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
+    shardings = run.state_shardings(abstract, setup)
+    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
+    saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
+    first, best_rate, scores = 0, -1.0, {}
+    if resume:
+        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        run.same_data(restored.meta, data_hash, out)
+        state, first, best_rate = restored.state, int(restored.state.step), restored.meta["best_rate"]
+
+    def save(step):
+        saved.save(step, state, data, {"data": data_hash, "best_rate": best_rate})
+
+    def evaluated(step):
+        predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
+        scores = evaluate.score(predictions)
+        journal.metrics(step, run.flat(scores), split=settings.evaluation.split)
+        return scores
+
+    is_main = jax.process_index() == 0
+    with (
+        run.StopSignal() as stop,
+        log.RunLog(
+            out,
+            total_steps=plan.steps,
+            description="sft",
+            resume_step=first if resume else None,
+            enabled=is_main,
+            tensorboard=plan.tensorboard,
+        ) as journal,
+    ):
+        late = None  # statistics are read one step late, so that the device never waits for the log
+        for step in range(first + 1, plan.steps + 1):
+            batch = sharding.put_batch(next(data), runner.mesh)
+            state, stats = train_step(runner.graph, tx, state, batch, number_V, settings)
+            if late:
+                run.check_sound(step - 1, late, plan)
+            if step % plan.log_every == 0 or step == plan.steps:
+                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
+            late = stats
+            ending = stop.seen or step == plan.steps
+            if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
+                scores = evaluated(step)
+                if scores["joint_rate"] > best_rate:
+                    best_rate = scores["joint_rate"]
+                    best.save(step, state.params, {"joint_rate": best_rate})
+            if ending or step % plan.save_every == 0:
+                run.check_sound(step, stats, plan)
+                save(step)
+            if stop.seen and step < plan.steps:
+                raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
+    saved.close()
+    best.close()
+    return scores
+
+
+def start(config_path: str | Path, out: str | Path, *, resume: bool = False, overrides=()) -> int:
+    """The `sft` command."""
+    train(config.load(Config, config_path, overrides), out, resume=resume)
+    return 0

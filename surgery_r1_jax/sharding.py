@@ -1,0 +1,105 @@
+"""The mesh and the one table that says on which of its axes each logical axis lives.
+
+Every parameter names its logical axes where it is made (see `layers.param`); an array axis whose name is not in
+the table is an error, so that nothing is replicated by accident. Frames are spread over `data` and `fsdp`;
+lanes and tokens are never split.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from surgery_r1_jax import errors
+
+MESH_AXES = ("data", "fsdp", "tensor")
+FRAMES = PartitionSpec(("data", "fsdp"))  # leading axis of every batch array
+
+# Logical axis -> mesh axis. An axis that the mesh does not divide evenly (two key/value heads on four chips)
+# is replicated.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "qkv": None,
+    "mlp": "tensor",
+    "norm": None,
+    "patch": None,
+    "vision": "fsdp",
+    "vision_heads": "tensor",
+    "vision_mlp": "tensor",
+    "merged": "tensor",
+}
+
+
+def make_mesh(shape: Sequence[int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of shape (data, fsdp, tensor); by default all devices along `fsdp`. -1 takes what is left over."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = list(shape or (1, -1, 1))
+    if shape.count(-1) > 1 or len(shape) != len(MESH_AXES):
+        raise errors.InputError(f"mesh {shape}: give data, fsdp and tensor sizes, at most one of them -1")
+    known = int(np.prod([n for n in shape if n != -1]))
+    shape = [len(devices) // known if n == -1 else n for n in shape]
+    if int(np.prod(shape)) != len(devices):
+        sizes = " x ".join(map(str, shape))
+        raise errors.InputError(f"mesh {sizes} (data x fsdp x tensor) does not use exactly {len(devices)} devices")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh, where: str = "") -> PartitionSpec:
+    """The partition of an array with these logical axes. Raises InputError for an axis without a rule."""
+    parts: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        if name not in RULES:
+            raise errors.InputError(
+                f"parameter {where or axes}: no sharding rule for axis '{name}'; add it to sharding.RULES"
+            )
+        target = RULES[name]
+        fits = target is not None and target not in parts and size % mesh.shape[target] == 0
+        parts.append(target if fits else None)
+    return PartitionSpec(*parts)
+
+
+def of_params(abstract: nnx.State, mesh: Mesh) -> dict:
+    """Shardings of all parameters, as the nested dict that `nnx.to_pure_dict` gives of the same state."""
+    flat = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        where = ".".join(map(str, path))
+        axes = variable.get_metadata().get("axes")
+        if axes is None:
+            raise errors.InputError(f"parameter {where} names no logical axes")
+        flat[path] = NamedSharding(mesh, spec(axes, variable.get_value().shape, mesh, where))
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_batch(batch, mesh: Mesh):
+    """Shardings of a batch: the leading axis of every array over the frame axes of the mesh."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, FRAMES), batch)
+
+
+def put_batch(batch, mesh: Mesh):
+    """Place this process's rows of a host batch on the mesh, frames spread over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, FRAMES)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def local_rows(tree):
+    """This process's rows of arrays that are spread over frames, as NumPy, in the order they were put."""
+
+    def rows(array):
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(rows, tree)

@@ -1,0 +1,43 @@
+"""What all tests share: eight virtual CPU devices, no network, strict shapes."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "surgery_r1_jax_tests_xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def real_frames() -> Path:
+    """The folder of real EndoVis-18 frames, or a skip that says why."""
+    root = SHARED / "data" / "endovis18" / "EndoVis-18-VQLA"
+    if not root.is_dir():
+        pytest.skip(f"real EndoVis-18 frames are not here: {root}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory):
+    """A function giving (folder, torch model) of a randomised tiny Qwen2.5-VL, made once per variant."""
+    pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
+    import randomised
+
+    made = {}
+
+    def get(tied: bool = False):
+        if tied not in made:
+            made[tied] = randomised.write(tmp_path_factory.mktemp("hf"), tied=tied)
+        return made[tied]
+
+    return get

@@ -1,0 +1,282 @@
+"""The command line answers at once, refuses mistakes with the right name, and ends with the promised statuses."""
+
+import errno
+import os
+import shlex
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import surgery_r1_jax
+from surgery_r1_jax import cli
+from surgery_r1_jax.errors import InputError, NumericError, Preempted
+
+TRAINING = ["--config", "c.yaml", "--out", "runs/x"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for every module that a handler imports; the calls they received."""
+    received = []
+    for name, functions in {
+        "demo": ["run"],
+        "synth": ["write"],
+        "check": ["main"],
+        "sft": ["run"],
+        "grpo": ["run"],
+        "evaluate": ["run"],
+        "hf": ["export"],
+        "ask": ["run"],
+        "doctor": ["run"],
+        "report": ["run"],
+    }.items():
+        module = types.ModuleType(f"surgery_r1_jax.{name}")
+        for function in functions:
+
+            def record(*args, _name=f"{name}.{function}", **options):
+                received.append((_name, args, options))
+
+            setattr(module, function, record)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(surgery_r1_jax, name, module, raising=False)
+    monkeypatch.setattr(cli, "start_devices", lambda: received.append("start_devices"))
+    return received
+
+
+@pytest.fixture
+def sft_raises(calls, monkeypatch):
+    """Makes `sft.run` raise."""
+
+    def arrange(error):
+        def run(*_, **__):
+            raise error
+
+        monkeypatch.setattr(sys.modules["surgery_r1_jax.sft"], "run", run)
+
+    return arrange
+
+
+def refusal(capsys, *argv, status=2):
+    assert cli.main(argv) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "args", "options"),
+    [
+        ("demo --out d", "demo.run", (Path("d"),), {"smoke": False, "seed": 0}),
+        ("demo --out d --smoke --seed 7", "demo.run", (Path("d"),), {"smoke": True, "seed": 7}),
+        (
+            "data synth d --frames 5 --seed 2 --size 64x48 --max-tools 2 --balance .5 --jobs 3",
+            "synth.write",
+            (Path("d"),),
+            {"frames": 5, "seed": 2, "size": (64, 48), "max_tools": 2, "balance": 0.5, "jobs": 3},
+        ),
+        (
+            "data synth d --frames 5",
+            "synth.write",
+            (Path("d"),),
+            {"frames": 5, "seed": 0, "size": (1280, 1024), "max_tools": 4, "balance": 0.0, "jobs": 1},
+        ),
+        ("data check d", "check.main", (Path("d"),), {"strict": False, "json_path": None}),
+        ("data check d --strict --json f", "check.main", (Path("d"),), {"strict": True, "json_path": Path("f")}),
+        (
+            "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-reasoning",
+            "evaluate.run",
+            (Path("k"), Path("d"), "dev", Path("f.json")),
+            {"batch_frames": 8, "max_completion": 9, "reasoning": False},
+        ),
+        ("export k h", "hf.export", (Path("k"), Path("h")), {}),
+        ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
+        ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
+        ("doctor --config c --a.b=3", "doctor.run", (Path("c"), ["--a.b=3"]), {}),
+        ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {}),
+    ],
+)
+def test_every_command_calls_its_module(calls, argv, name, args, options):
+    assert cli.main(argv.split()) == 0
+    assert calls[-1] == (name, args, options)
+    needs_devices = name not in ("synth.write", "check.main", "report.run")
+    assert calls[:-1] == (["start_devices"] if needs_devices else [])
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_training_takes_overrides_anywhere(calls, program):
+    argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--q=[1, 2]"]
+    assert cli.main(argv) == 0
+    options = {"resume": True, "overrides": ["--a.b=c", "--seed=3", "--q=[1, 2]"]}
+    assert calls[-1] == (f"{program}.run", (Path("c.yaml"), Path("runs/x")), options)
+    assert cli.main([program, *TRAINING]) == 0
+    assert calls[-1][2] == {"resume": False, "overrides": []}
+
+
+def test_the_status_of_a_handler_is_the_status_of_the_command(calls, monkeypatch):
+    monkeypatch.setattr(sys.modules["surgery_r1_jax.check"], "main", lambda *_, **__: 1)
+    assert cli.main(["data", "check", "d"]) == 1
+
+
+@pytest.mark.parametrize("name", list(cli.commands()))
+def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls, capsys, name):
+    *group, word = name.split()
+    for i in range(len(word)):
+        wrong = [*group, word[:i] + word[i] + word[i:]]
+        assert f"unknown command '{' '.join(wrong)}'; did you mean '{name}'?" in refusal(capsys, *wrong, "x")
+    flags = [flag for flag in cli.commands()[name].flags if flag not in ("--help", "--no-reasoning")]
+    for flag in flags:
+        for i in range(3, len(flag)):
+            wrong = flag[:i] + flag[i] + flag[i:]
+            for form in ([wrong, "x"], [f"{wrong}=x"]):
+                message = refusal(capsys, *name.split(), *form)
+                assert message == f"error: unknown flag '{wrong}'; did you mean '{flag}'?"
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train", "error: unknown command 'train'; there are demo, data synth, "),
+        ("check d", "error: unknown command 'check'; did you mean 'data check'?"),
+        ("--hepl", "error: unknown command '--hepl'; there are"),
+        ("sft --out x", "error: the following arguments are required: --config; see surgery-r1 sft --help"),
+        ("sft --config c --out x --a.b 3", "error: unknown flag '--a.b'; to override a key of the configuration write"),
+        ("sft more --config c --out x", "error: unrecognized arguments: more"),
+        ("evaluate --a.b=3", "error: unknown flag '--a.b'; there are --help, --checkpoint, --data"),
+        ("evaluate --checkpoint k --data d --out f --split vall", "error: argument --split: invalid choice: 'vall'"),
+        ("data synth d --frames 0", "error: argument --frames: expected a whole number of at least 1, given '0'"),
+        ("data synth d --frames 1.5", "error: argument --frames: expected a whole number"),
+        (f"data synth d --frames {'9' * 5000}", "error: argument --frames: expected a whole number"),
+        ("data synth d --frames 1 --seed -1", "error: argument --seed: expected"),
+        (
+            "data synth d --frames 1 --size 64",
+            "error: argument --size: expected WIDTHxHEIGHT as in 1280x1024, given '64'",
+        ),
+        ("data synth d --frames 1 --size 0x", "error: argument --size: expected WIDTHxHEIGHT"),
+        ("data synth d --frames 1 --balance 1.5", "error: argument --balance: expected a number from 0 to 1"),
+        ("data synth d --frames 1 --balance nan", "error: argument --balance: expected a number from 0 to 1"),
+        ("ask --checkpoint k --image i", "error: the following arguments are required: QUESTION"),
+        ("report --out r.html", "error: the following arguments are required: RUN_DIR"),
+    ],
+)
+def test_a_mistaken_argument_is_refused_in_one_line(calls, capsys, argv, message):
+    error = refusal(capsys, *argv.split())
+    assert error.startswith(message)
+    assert "\n" not in error
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", list(cli.commands()))
+def test_every_command_has_help_with_an_example_and_the_defaults(capsys, name):
+    assert cli.main([*name.split(), "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"usage: surgery-r1 {name} " in out
+    assert f"example:\n  surgery-r1 {name} " in out
+    for action in cli.commands()[name]._actions:
+        assert action.help
+        if action.option_strings and not action.required and action.dest != "help":
+            assert "(default: " in action.help, action.dest
+
+
+@pytest.mark.parametrize("name", list(cli.commands()))
+def test_the_example_of_every_command_is_valid(calls, name):
+    example = cli.commands()[name].epilog.splitlines()[1].split(maxsplit=1)[1]
+    assert cli.main(shlex.split(example)) == 0
+    assert len([call for call in calls if call != "start_devices"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"), [([], 2), (["--help"], 0), (["-h"], 0), (["data"], 2), (["data", "-h"], 0)]
+)
+def test_the_overview_lists_every_command(capsys, argv, status):
+    assert cli.main(argv) == status
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.commands())
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"surgery-r1 {surgery_r1_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (InputError("a.txt:3: no box; add one"), 2, "error: a.txt:3: no box; add one"),
+        (InputError("a.yaml:1: x\na.yaml:2: y"), 2, "error: a.yaml:1: x\nerror: a.yaml:2: y"),
+        (InputError("label \x1b[31m\u202e is unknown"), 2, r"error: label \x1b[31m\u202e is unknown"),
+        (NumericError("step 7: three updates in a row"), 5, "error: step 7: three updates in a row"),
+        (Preempted("state saved at step 7"), 75, "stopped: state saved at step 7"),
+        (KeyboardInterrupt(), 130, "stopped: interrupted"),
+        (MemoryError(), 1, "error: no memory left; use smaller batches or fewer processes"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            1,
+            "error: runs/x: No space left on device; make room and start again with --resume",
+        ),
+        (OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: Quota exceeded; make room"),
+    ],
+)
+def test_errors_end_with_their_status_and_no_traceback(sft_raises, capsys, error, status, message):
+    sft_raises(error)
+    assert refusal(capsys, "sft", *TRAINING, status=status).startswith(message)
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EACCES, "denied"), BrokenPipeError("a worker")])
+def test_a_bug_keeps_its_traceback(sft_raises, error):
+    sft_raises(error)
+    with pytest.raises(type(error)):
+        cli.main(["sft", *TRAINING])
+
+
+def test_starting_devices_respects_the_environment(monkeypatch):
+    from absl import flags
+
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    cli.start_devices()
+    assert os.environ[names[0]] == str(Path.home() / ".cache" / "surgery_r1_jax" / "xla")
+    assert (os.environ[names[1]], os.environ[names[2]]) == ("0.5", "2")
+    assert flags.FLAGS.is_parsed()
+    for name in names:
+        monkeypatch.setenv(name, "/mine")
+    cli.start_devices()
+    assert [os.environ[name] for name in names] == ["/mine"] * 3
+
+
+def test_help_and_mistakes_answer_in_a_second_without_jax():
+    code = """
+import sys
+from surgery_r1_jax import cli
+assert cli.main(["grpo", "--help"]) == 0
+assert cli.main(["grpo", "--confg=x"]) == 2
+heavy = {"jax", "flax", "numpy", "transformers", "torch", "grain", "rich", "pydantic"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    assert "usage: surgery-r1 grpo" in done.stdout
+    assert done.stderr == "error: unknown flag '--confg'; did you mean '--config'?\n"
+    assert seconds < 1.0 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.2f} s"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered):
+    program = [sys.executable, "-m", "surgery_r1_jax.cli", "--help"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
