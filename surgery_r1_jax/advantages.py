@@ -103,8 +103,8 @@ def from_terms(
 def _spread(reward, member, axis):
     """Members' distance from their mean (0 elsewhere) and its unbiased deviation, both in units of `unit`.
 
-    The unit is 1 unless rewards exceed 1,000: then it grows with them, so that no square overflows. Distances are
-    taken from the smallest member first, so that equal rewards are exactly 0 apart.
+    The unit is 1 unless rewards exceed 1,000: then it grows with them, so that no square overflows. Distances
+    are taken from the smallest member first, so that equal rewards are exactly 0 apart.
     """
     number = jnp.sum(member, axis, keepdims=True, dtype=jnp.float32)
     unit = jnp.max(jnp.abs(reward) / 1000, axis, keepdims=True, where=member, initial=1.0)
@@ -118,7 +118,7 @@ def _spread(reward, member, axis):
 
 def _divide(gap, spread):
     """The quotient, and 0 for a gap of 0: the floor under the spread vanishes beside rewards of 1e38."""
-    return jnp.where(gap == 0, 0.0, gap / jnp.where(gap == 0, 1.0, spread))
+    return jnp.where(gap == 0, 0.0, gap / spread)
 
 
 def _mean(x, used):

@@ -77,7 +77,7 @@ def parse(cls: type[C], text: str | bytes, name: str, overrides: Sequence[str] =
 
 def dump(config: Config) -> str:
     """YAML text from which `parse` makes an equal configuration; every key is written, defaults too."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def save(config: Config, path: str | Path) -> None:

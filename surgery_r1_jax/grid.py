@@ -20,9 +20,7 @@ Grid = tuple[int, int]  # patch rows, patch columns of one image
 class Layout(NamedTuple):
     """Where the patches of a frame's images lie in the tower's window buffer."""
 
-    source_WS: (
-        np.ndarray
-    )  # int32, row of the patch in the preprocessor's order (images one after another), -1 = empty
+    source_WS: np.ndarray  # int32, row of the patch in the preprocessor's order, images one after another; -1 = empty
     hw_WS2: np.ndarray  # int32, patch row and column within its image
     image_WS: np.ndarray  # int32, 1-based number of the image within the frame, 0 = empty slot
     unit_of_token: np.ndarray  # int32 [image tokens], merged unit of every image token, in raster order
@@ -43,6 +41,7 @@ def arrange(grids: Sequence[Grid], *, side: int, merge: int, windows: int | None
 
     A slot holds one patch; the merge^2 patches of a merged unit are neighbours, in the preprocessor's order.
     `windows` pads the buffer to that many windows (default: just enough).
+    Raises: ValueError where they are too few.
     """
     per_unit = merge * merge
     needed = count_windows(grids, side, merge)
@@ -59,11 +58,9 @@ def arrange(grids: Sequence[Grid], *, side: int, merge: int, windows: int | None
         rows, cols = height // merge, width // merge
         row, col = (axis.ravel() for axis in np.mgrid[:rows, :cols])  # merged units in raster order
         window = first_window + row // side * -(-cols // side) + col // side
-        # Units of a window cut short by the border stay packed at its front: order within a window is free.
-        rank = np.zeros(rows * cols, np.int64)
-        for w in np.unique(window):
-            (members,) = np.nonzero(window == w)
-            rank[members] = np.arange(members.size)
+        # Units of a window cut short by the border stay packed at its front, in raster order.
+        window_cols = np.minimum(side, cols - col // side * side)
+        rank = row % side * window_cols + col % side
         inside = np.arange(per_unit)
         w, s = np.repeat(window, per_unit), (rank[:, None] * per_unit + inside).ravel()
         source_WS[w, s] = first_patch + np.arange(rows * cols * per_unit)
@@ -77,17 +74,19 @@ def arrange(grids: Sequence[Grid], *, side: int, merge: int, windows: int | None
     return Layout(source_WS, hw_WS2, image_WS, unit_of_token)
 
 
-def rope_positions(
-    ids: np.ndarray, image_id: int, grids: Sequence[Grid], merge: int
-) -> tuple[np.ndarray, int]:
+def rope_positions(ids: np.ndarray, image_id: int, grids: Sequence[Grid], merge: int) -> tuple[np.ndarray, int]:
     """Temporal, row and column position of every prefix token, and the position that follows.
 
     Text advances all three together; an image's tokens share one temporal position and spread over rows and
     columns. Every branch goes on from `next_pos = max position + 1`, whatever the prefix length or padding.
 
     Returns int32 [3, P] and next_pos.
+    Raises: ValueError where `ids` does not hold one image token for every merged unit of the grids.
     """
     ids = np.asarray(ids)
+    tokens, units = int(np.sum(ids == image_id)), sum(h * w for h, w in grids) // merge**2
+    if tokens != units:
+        raise ValueError(f"{tokens} image tokens for {units} merged units")
     positions_3P = np.zeros((3, ids.size), np.int32)
     next_pos = at = 0
     remaining = iter(grids)

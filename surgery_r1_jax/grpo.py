@@ -81,10 +81,12 @@ class Experience(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def roll_out(graph, settings: Config, params, prompts, key, frame_B, words: sampling.Vocabulary) -> sampling.Rollout:
-    """Draw the completions of all lanes."""
-    net = model.bind(graph, params)
-    return sampling.rollout(net, prompts, key, frame_B, words, settings.sampler, settings.samples)
+def roll_out(graph, settings: Config, params, prompts, key, numbers, words: sampling.Vocabulary) -> sampling.Rollout:
+    """Draw the completions of all lanes; `numbers` are those of frames [B] and questions [B, Q] in the data set."""
+    net, (frame_B, question_BQ) = model.bind(graph, params), numbers
+    return sampling.rollout(
+        net, prompts, key, frame_B, words, settings.sampler, settings.samples, question_BQ=question_BQ
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -194,8 +196,8 @@ def sample(runner: evaluate.Runner, settings: Config, params, prompts, gold, key
 
     Returns the rollout, its grading, rewards, advantages, loss mask and statistics.
     """
-    frame_B = sharding.put_batch(gold.frame_B, runner.mesh)
-    drawn = roll_out(runner.graph, settings, params, prompts, key, frame_B, runner.vocabulary)
+    numbers = sharding.put_batch((gold.frame_B, gold.record_BQ), runner.mesh)
+    drawn = roll_out(runner.graph, settings, params, prompts, key, numbers, runner.vocabulary)
     for attempt in range(settings.resample_flat + 1):
         tokens, stopped = sharding.local_rows((drawn.tokens_BJT, drawn.stopped_BJ))
         graded = grade.grade(tokens, stopped, gold, runner.encoder, settings.samples)
@@ -203,7 +205,7 @@ def sample(runner: evaluate.Runner, settings: Config, params, prompts, gold, key
         if attempt == settings.resample_flat or not float(judged[3]["flat_groups"]):
             return drawn, graded, *judged
         anew = jax.random.fold_in(key, attempt + 1)
-        again = roll_out(runner.graph, settings, params, prompts, anew, frame_B, runner.vocabulary)
+        again = roll_out(runner.graph, settings, params, prompts, anew, numbers, runner.vocabulary)
         drawn = _replace_flat(drawn, again, judged[1].flat_BQ, settings.samples)
 
 

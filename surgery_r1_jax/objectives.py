@@ -59,16 +59,10 @@ class Config(config.Config):
     )
     epsilon_low: float = Field(0.2, ge=0, description="the ratio is clipped below 1 - epsilon_low")
     epsilon_high: float = Field(0.2, ge=0, description="the ratio is clipped above 1 + epsilon_high")
-    delta: float | None = Field(
-        None, description="dual clip: cap of the ratio where the advantage is negative"
-    )
+    delta: float | None = Field(None, description="dual clip: cap of the ratio where the advantage is negative")
     beta: float = Field(0.0, ge=0, description="weight of the KL term; 0 needs no reference model")
-    kl_bound: float = Field(
-        10.0, gt=0, le=40, description="log-ratio beyond which the KL term goes on straight"
-    )
-    mask_truncated: bool = Field(
-        False, description="leave completions cut by the length limit out of the loss"
-    )
+    kl_bound: float = Field(10.0, gt=0, le=40, description="log-ratio beyond which the KL term goes on straight")
+    mask_truncated: bool = Field(False, description="leave completions cut by the length limit out of the loss")
     truncated_in_baseline: bool = Field(
         True, description="they still count in their group's mean and spread, masked or not (as in TRL)"
     )
@@ -83,9 +77,7 @@ class Config(config.Config):
     @pydantic.model_validator(mode="after")
     def _delta_above_clip(self):
         if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            raise ValueError(
-                f"delta {self.delta} must be greater than 1 + epsilon_high = {1 + self.epsilon_high}"
-            )
+            raise ValueError(f"delta {self.delta} must be greater than 1 + epsilon_high = {1 + self.epsilon_high}")
         return self
 
 
@@ -98,9 +90,7 @@ class Totals(NamedTuple):
     parts: int  # micro-batches into which the batch is cut, for `token_micro`
 
 
-def loss_mask(
-    mask_BJT: jax.Array, scorable_BJ: jax.Array, truncated_BJ: jax.Array, objective: Config
-) -> jax.Array:
+def loss_mask(mask_BJT: jax.Array, scorable_BJ: jax.Array, truncated_BJ: jax.Array, objective: Config) -> jax.Array:
     """Completion tokens in the loss: none of an unscorable lane nor, if so configured, of a truncated one."""
     kept_BJ = scorable_BJ & ~truncated_BJ if objective.mask_truncated else scorable_BJ
     return mask_BJT & kept_BJ[..., None]

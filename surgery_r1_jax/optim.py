@@ -105,8 +105,8 @@ def freeze(params: dict, settings: Config) -> dict:
 
 def start(params: dict, tx: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero, zero)
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is given away
+    return TrainState(step, params, tx.init(params), skipped, in_a_row)
 
 
 def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[TrainState, dict[str, jax.Array]]:

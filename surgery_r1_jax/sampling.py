@@ -5,6 +5,7 @@ one cache for the prefix and one for the lanes and ends when every lane has stop
 (step, frame, question, sample, token), so a completion does not depend on what else is in the batch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -51,11 +52,13 @@ def rollout(
     vocabulary: Vocabulary,
     sampling: Config,
     samples: int = 1,
+    question_BQ: jax.Array | None = None,
 ) -> Rollout:
     """Draw `samples` completions for every question.
 
-    `prompts` holds one question a lane, right-aligned, so that all lanes go on at the same slot. `frame_B` are
-    numbers of the frames in the data set, the frames' share of the random key. Padding lanes come back empty.
+    `prompts` holds one question a lane, right-aligned, so that all lanes go on at the same slot. `frame_B` numbers
+    the frames in the data set and `question_BQ` the questions of each (default: by lane): their share of the random
+    key. Padding lanes come back empty.
     """
     B, Q, Tq = prompts.branch_ids_BJT.shape
     J, Tc = Q * samples, sampling.max_tokens
@@ -87,7 +90,9 @@ def rollout(
         out = jnp.einsum("bjd,vd->bjv", hidden_BJD, unembed_VD.astype(hidden_BJD.dtype), preferred_element_type=wide)
         return jnp.where(vocabulary.allowed_V, out, attention.MASKED)
 
-    keys_BJ = _lane_keys(key, frame_B, Q, samples)
+    if question_BQ is None:
+        question_BQ = jnp.broadcast_to(jnp.arange(Q), (B, Q))
+    keys_BJ = _lane_keys(key, frame_B, question_BQ, samples)
 
     def step(state):
         t, logits_BJV, cache, tokens, logps, mask, done_BJ = state
@@ -171,12 +176,10 @@ def branches(prompts: FrameBatch, completions: Rollout, samples: int) -> FrameBa
     )
 
 
-def _lane_keys(key, frame_B, questions: int, samples: int):
-    fold = jax.random.fold_in
-    per_frame = jax.vmap(fold, (None, 0))(key, frame_B)
-    per_question = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(per_frame, jnp.arange(questions))
-    per_sample = jax.vmap(jax.vmap(jax.vmap(fold, (None, 0)), (0, None)), (0, None))(per_question, jnp.arange(samples))
-    return per_sample.reshape(frame_B.shape[0], questions * samples)
+def _lane_keys(key, frame_B, question_BQ, samples: int):
+    numbers = jnp.broadcast_arrays(frame_B[:, None, None], question_BQ[..., None], jnp.arange(samples))
+    of_lane = lambda *numbers: functools.reduce(jax.random.fold_in, numbers, key)  # noqa: E731
+    return jax.vmap(jax.vmap(of_lane))(*(n.reshape(n.shape[0], -1) for n in numbers))
 
 
 def _pick(logp_BJV, token_BJ):

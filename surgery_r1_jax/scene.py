@@ -147,7 +147,7 @@ def sample(rng: np.random.Generator, *, max_tools: int = 4, balance: float = 0.0
     tools = _tools(rng, max_tools, balance)
     states = [_state(rng, tool, balance) for tool in tools]
     variants = rng.integers(shapes.VARIANTS, size=len(tools))
-    while True:  # a scene that leaves no room for an instrument is laid out afresh: 1.5 rounds on average
+    while True:  # a scene that leaves no room for an instrument is laid out afresh; one in ten does
         kidney = _kidney(rng)
         places = _layout(rng, kidney, tools, balance)
         if places is not None:

@@ -3,7 +3,8 @@
 With 150,000 words the logits would be the largest array of training. Both functions walk along L in chunks,
 form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. The frames
 axis is never cut, so frames split over devices stay where they are; token ids are compared, not looked up, so
-that a vocabulary split over devices is not gathered either.
+that a vocabulary split over devices is not gathered either. On a mesh, split the kernel by vocabulary over all
+axes: then only hidden states travel inside the loop. Split by D it would be gathered for every chunk.
 
 The kernel is laid out as the embedding table, [V, D]: tied weights need no transposed copy. The product runs
 in the precision of the hidden states; what follows, and the kernel's gradient summed over chunks, is float32

@@ -146,8 +146,8 @@ def _bipolar_forceps(reach: float, opening: float) -> list[Tube]:
         tube([(-0.05, 0), (0, 0)], 0.038, DARK_STEEL, 0.9),
         *(blunt(path, np.linspace(0.022, 0.014, 9), STEEL, 0.8) for path in jaws),
         *(tube(path[3:8], (0.003, 0.009, 0.009, 0.008, 0.002), HOLE) for path in jaws),
-        tube([(-0.022, 0), (0.035, 0), (0.055, 0)], (0.044, 0.042, 0.03), AMBER, 0.35),
-        *(tube([(-0.012, y), (0.036, y)], 0.0035, (150, 92, 8)) for y in (-0.022, 0, 0.022)),
+        tube([(-0.022, 0), (0.045, 0), (0.075, 0)], (0.044, 0.043, 0.032), AMBER, 0.35),
+        *(tube([(-0.012, y), (0.05, y)], 0.0035, (150, 92, 8)) for y in (-0.022, 0, 0.022)),
     ]
 
 

@@ -306,6 +306,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     budget=st.none() | st.integers(-5, 5) | finite.filter(lambda value: not value.is_integer()),
 )
 @example(name="1e-5", root="yes", seed=2**64, kl=1e-5, betas=(-0.0, 5e-324), budget=1)
+@example(name="\x85", root="\x85", seed=0, kl=0.0, betas=(0.0, 0.0), budget=None)
 @example(name="010", root="~", seed=0, kl=1e300, betas=(0.1, 0.2), budget=1e16)
 def test_dump_and_parse_are_inverse(name, root, seed, kl, betas, budget):
     run = Run(name=name, seed=seed, kl=kl, budget=budget, data=Data(root=Path(root)), optim=Optim(betas=betas))

@@ -238,7 +238,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_decoding)
     for width, height in ((50_000, 50_000), (9_000, 9_000), (4097, 4096), (2**31 - 1, 2**31 - 1)):
-        with pytest.raises(InputError, match=r"bomb\.png"):
+        with pytest.raises(InputError, match=r"bomb\.png: .*(is over|exceeds limit)"):
             images.load(write(tmp_path, "bomb.png", png_header(width, height)))
 
 

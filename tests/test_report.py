@@ -309,6 +309,8 @@ def test_examples_are_drawn_before_anyone_sees_the_answers():
     assert sum(len(questions) for _, questions in asked(good)) == 7
     kinds = [[vocabulary.question_kind(question)[0] for question in questions] for _, questions in asked(good)]
     assert kinds == [[0, 1, 2], [0, 1, 2], [0]]
+    orders = {tuple(cards.side_by_side([stage("base", 0.5)], 24, seed)) for seed in range(5)}
+    assert len(orders) == 5  # the frames come in the seed's order, not in that of the files
 
 
 def test_a_question_shows_the_answers_of_all_stages_to_that_very_question():
