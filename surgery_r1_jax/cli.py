@@ -24,6 +24,7 @@ from surgery_r1_jax import __version__
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 SPLITS = ("train", "dev", "val", "all")
+DTYPES = ("float32", "bfloat16")
 ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic surgery, by SFT and by GRPO."
 
 
@@ -68,13 +69,13 @@ def _demo(args: argparse.Namespace) -> int | None:
     start_devices()
     from surgery_r1_jax import demo
 
-    return demo.run(args.out, smoke=args.smoke, seed=args.seed)
+    return demo.start(args.out, smoke=args.smoke, seed=args.seed)
 
 
-def _synth(args: argparse.Namespace) -> int | None:
+def _synth(args: argparse.Namespace) -> None:
     from surgery_r1_jax import synth
 
-    return synth.write(
+    names = synth.write(
         args.directory,
         frames=args.frames,
         seed=args.seed,
@@ -83,6 +84,7 @@ def _synth(args: argparse.Namespace) -> int | None:
         balance=args.balance,
         jobs=args.jobs,
     )
+    print(f"{len(names)} frames written to {args.directory}")
 
 
 def _check(args: argparse.Namespace) -> int | None:
@@ -95,14 +97,14 @@ def _sft(args: argparse.Namespace) -> int | None:
     start_devices()
     from surgery_r1_jax import sft
 
-    return sft.run(args.config, args.out, resume=args.resume, overrides=args.overrides)
+    return sft.start(args.config, args.out, resume=args.resume, overrides=args.overrides)
 
 
 def _grpo(args: argparse.Namespace) -> int | None:
     start_devices()
     from surgery_r1_jax import grpo
 
-    return grpo.run(args.config, args.out, resume=args.resume, overrides=args.overrides)
+    return grpo.start(args.config, args.out, resume=args.resume, overrides=args.overrides)
 
 
 def _evaluate(args: argparse.Namespace) -> int | None:
@@ -114,17 +116,20 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         args.data,
         args.split,
         args.out,
-        batch_frames=args.batch_frames,
-        max_completion=args.max_completion,
-        reasoning=args.reasoning,
+        frames=args.batch_frames,
+        max_tokens=args.max_completion,
+        dtype=args.dtype,
+        blank=args.blank,
+        strict=args.strict,
     )
 
 
-def _export(args: argparse.Namespace) -> int | None:
+def _export(args: argparse.Namespace) -> None:
     start_devices()
-    from surgery_r1_jax import hf
+    from surgery_r1_jax import checkpoint
 
-    return hf.export(args.checkpoint, args.hf_dir)
+    folder = checkpoint.export(args.checkpoint, args.hf_dir, dtype=args.dtype, which=args.which)
+    print(f"{args.checkpoint} written to {folder}")
 
 
 def _ask(args: argparse.Namespace) -> int | None:
@@ -144,7 +149,7 @@ def _doctor(args: argparse.Namespace) -> int | None:
 def _report(args: argparse.Namespace) -> int | None:
     from surgery_r1_jax import report
 
-    return report.run(args.run_dirs, args.out)
+    return report.run(args.run_dirs, args.out, data=args.data)
 
 
 # The command line
@@ -202,24 +207,28 @@ def commands() -> dict[str, "_Parser"]:
     add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
-    add("--batch-frames", type=_number(int, 1), default=8, metavar="N", help="frames at once (default: %(default)s)")
+    add("--batch-frames", type=_number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")
     add(
         "--max-completion",
         type=_number(int, 1),
         default=256,
         metavar="N",
-        help="tokens of an answer (default: %(default)s)",
+        help="most tokens of an answer (default: %(default)s)",
     )
+    add("--dtype", choices=DTYPES, default="float32", help="precision of computing (default: %(default)s)")
     add(
-        "--reasoning",
+        "--blank",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let the model think before it answers (default: it does)",
+        help="also answer from a grey image, as a floor (default: --blank)",
     )
+    add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
     add = command("export", _export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
+    add("--which", choices=("best", "last"), default="best", help="of the run's parameters (default: %(default)s)")
 
     example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
     add = command("ask", _ask, "Ask one question about one image.", example)
@@ -238,6 +247,7 @@ def commands() -> dict[str, "_Parser"]:
     )
     add("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, in the order of the page")
     add("--out", type=Path, required=True, metavar="FILE", help="HTML page in one piece")
+    add("--data", type=Path, metavar="DIR", help="data set with the frames (default: the one that was evaluated)")
     return table
 
 

@@ -238,8 +238,16 @@ def _explain(cls: type[Config], tree: Any, error: pydantic.ValidationError, name
             path = path[:-1]
         return path
 
-    paths = sorted(mistakes, key=lambda path: order.get(place(path), -1))
-    return [f"{places.get(place(path), name)}: {_reason(cls, path, mistakes[path])}" for path in paths]
+    reasons = {path: _reason(cls, path, entries) for path, entries in mistakes.items()}
+    hints = " ".join(reason.partition("did you mean")[2] for reason in reasons.values())
+
+    def misspelt(path: KeyPath) -> bool:
+        """Whether a missing key was given under a wrong name, which is reported already."""
+        return mistakes[path][0]["type"] == "missing" and f"'{_dotted(path)}'" in hints
+
+    paths = [path for path in reasons if not misspelt(path)]
+    paths.sort(key=lambda path: order.get(place(path), -1))
+    return [f"{places.get(place(path), name)}: {reasons[path]}" for path in paths]
 
 
 def _given_path(tree: Any, entry: Any) -> KeyPath:

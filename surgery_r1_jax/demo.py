@@ -27,6 +27,7 @@ from rich.console import Console
 from surgery_r1_jax import (
     batch,
     checkpoint,
+    errors,
     evaluate,
     grid,
     grpo,
@@ -47,11 +48,11 @@ from surgery_r1_jax import (
     vocabulary,
 )
 
-SIZE = (280, 224)  # pixels of the frames on disk; the model sees them at half that
+SIZE = (112, 84)  # pixels of a frame, on disk and as the model sees it
 MAX_TOOLS = 3
 BALANCE = 0.7
 MAX_TOKENS = 32
-MIN_QUESTIONS = 1500
+MARKER = "demo.json"
 
 
 class Budget(NamedTuple):
@@ -72,10 +73,9 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
     """The `demo` command."""
     out, budget, say = Path(out), SMOKE if smoke else FULL, Console(stderr=True).print
     watch = Stopwatch()
-    if out.exists():
-        shutil.rmtree(out)
+    claim(out, budget, seed)
 
-    synth.write(out / "data", frames=budget.frames, seed=seed, size=SIZE, max_tools=MAX_TOOLS, balance=BALANCE)
+    draw_frames(out / "data", budget, seed)
     frames = records.read(out / "data")
     watch.lap("data")
 
@@ -106,6 +106,23 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
     evaluate.print_scores(stages | floors, title=f"{stages['grpo']['n']} held-out questions")
     say(f"pictures: {out / 'report.html'}\ncheckpoint for transformers: {out / 'hf'}")
     return 0
+
+
+def draw_frames(folder: Path, budget: Budget, seed: int) -> None:
+    """Render the data set with all the machine's cores."""
+    jobs = max(1, min(8, os.cpu_count() or 1))
+    synth.write(folder, frames=budget.frames, seed=seed, size=SIZE, max_tools=MAX_TOOLS, balance=BALANCE, jobs=jobs)
+
+
+def claim(out: Path, budget: Budget, seed: int) -> None:
+    """Make the demo's folder; an earlier demo in it is removed, anything else refused."""
+    marker = out / MARKER
+    if marker.is_file():
+        shutil.rmtree(out)
+    if out.exists() and any(out.iterdir()):
+        raise errors.InputError(f"{out}: is not empty and holds no earlier demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(budget._asdict() | {"seed": seed}) + "\n")
 
 
 class Stopwatch:
@@ -167,32 +184,33 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     Stands in for the pretraining that a real checkpoint brings along. Every merged unit is asked which instrument's
     tip it shows, in the words' own embeddings; units with a tip also for the state and the instrument's box.
     """
-    folder = tiny.write_folder(out / "untrained")
+    folder = tiny.write_folder(out / "untrained", tiny.Sizes(size=SIZE))
     architecture = hf.read_config(folder)
     mesh = sharding.make_mesh()
     runner = evaluate.runner_of(folder, architecture, mesh)
     params = model.init(architecture, seed)
     D = architecture.text.hidden_size
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(seed), (D, 4))}
-    params = jax.device_put(params | {"probe": probe}, sharding.replicated(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    learning = {"tower": params["tower"], "embed": params["embed"], "probe": probe}
 
     train = records.split(frames, "train")
     data = pipeline.Config(root=str(out / "data"), frames=32, questions=99)
     stream, _ = pipeline.rollouts(train, runner.encoder, data, seed=seed)
     words = word_ids(runner.encoder.chat)
     tx = optim.transformation(
-        optim.Config(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.5, final=0.1), budget.warmup_steps, params
+        optim.Config(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.5, final=0.1), budget.warmup_steps, learning
     )
-    state = optim.start(params, tx)
+    state = jax.jit(lambda tree: optim.start(tree, tx))(learning)
     with log.RunLog(out / "warm_up", total_steps=budget.warmup_steps, description="warm-up") as journal:
         for step, (prompts, gold) in zip(range(1, budget.warmup_steps + 1), stream, strict=False):
             tips = batch.stack([tip_targets(train[n], runner.encoder, seed) for n in gold.frame_B])
             placed = sharding.put_batch((prompts, tips), mesh)
-            state, stats = warm_up_step(runner.graph, tx, state, *placed, words)
+            state, stats = warm_up_step(runner.graph, tx, state, params["decoder"], *placed, words)
             if step % 10 == 0:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
-    learned = {name: value for name, value in state.params.items() if name != "probe"}
-    return hf.write_folder(out / "base", learned, architecture, folder)
+    learned = {name: state.params[name] for name in ("tower", "embed")}
+    return hf.write_folder(out / "base", params | learned, architecture, folder)
 
 
 class Tips(NamedTuple):
@@ -242,11 +260,11 @@ def word_ids(chat) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def warm_up_step(graph, tx, state: optim.TrainState, prompts: batch.FrameBatch, tips: Tips, words):
+def warm_up_step(graph, tx, state: optim.TrainState, decoder, prompts: batch.FrameBatch, tips: Tips, words):
     """One update of tower and words on what the merged units show."""
 
     def loss_of(params):
-        net = model.bind(graph, {name: value for name, value in params.items() if name != "probe"})
+        net = model.bind(graph, {"tower": params["tower"], "embed": params["embed"], "decoder": decoder})
         units_BMD = net.tower(prompts.patches_BWSC, prompts.patch_hw_BWS2, prompts.patch_image_BWS)
         table_VD = net.unembed_VD
         tools_BMC = units_BMD @ table_VD[words["tools"]].T - 3.0  # most units show no tip

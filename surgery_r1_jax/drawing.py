@@ -62,15 +62,16 @@ def boxes(scene: Scene, size: tuple[int, int]) -> list[PixelBox]:
     border_N2 = np.clip(outline(scene.kidney), 0, 1) * size
     (left, top), (right, bottom) = border_N2.min(0), border_N2.max(0)
     found = [(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))]
+    finer = 2 if width > 640 else 4  # Pillow's polygons are up to a pixel too wide
     for instrument in scene.instruments:
-        mask = Image.new("1", (2 * width, 2 * height))
+        mask = Image.new("1", (finer * width, finer * height))
         pen = ImageDraw.Draw(mask)
         silhouettes = _silhouettes(instrument.tool, instrument.variant, instrument.state == "Grasping")
         for silhouette, place in zip(silhouettes, _placement(instrument, mask.size), strict=True):
             for polygon, _ in _placed(silhouette, *place):
                 pen.polygon(polygon, 1)
         left, top, right, bottom = mask.getbbox()
-        found.append((left // 2, top // 2, (right + 1) // 2, (bottom + 1) // 2))
+        found.append((left // finer, top // finer, -(-right // finer), -(-bottom // finer)))
     return found
 
 
@@ -93,7 +94,7 @@ def _placement(instrument: Instrument, size: tuple[int, int]):
 
 def _placed(polygons: Polygons, matrix_22: np.ndarray, shift_2: np.ndarray):
     """Each polygon as x, y, x, y ... in pixels, with its fill."""
-    flat = (polygons.points_M2 @ matrix_22 + shift_2).reshape(-1).tolist()
+    flat = (polygons.points_M2 @ matrix_22 + (shift_2 - 0.5)).reshape(-1).tolist()  # Pillow counts from pixel centres
     return [(flat[2 * first : 2 * past], fill) for first, past, fill in polygons.cuts]
 
 

@@ -4,10 +4,11 @@ Decoding is one jitted program of one shape; scoring is a pure function of the p
 figure can be worked out again from it.
 """
 
+import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from surgery_r1_jax import (
     checkpoint,
     codec,
     config,
+    errors,
     examples,
     floors,
     grade,
@@ -35,7 +37,7 @@ from surgery_r1_jax import (
     vocabulary,
 )
 from surgery_r1_jax.chat import Chat
-from surgery_r1_jax.records import Frame
+from surgery_r1_jax.records import Box, Frame, Record
 
 
 class Config(config.Config):
@@ -59,13 +61,23 @@ class Runner(NamedTuple):
 
 
 def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
-    """Tokenizer, preprocessor and box codec of a Hugging Face folder."""
-    return examples.Encoder(
-        chat=Chat.from_folder(folder),
-        preprocessor=images.Preprocessor.from_folder(folder),
-        codec=codec.RESIZED_PIXELS,
-        window_side=settings.vision.window_side,
-    )
+    """Tokenizer, preprocessor and box codec of a Hugging Face folder.
+
+    Raises: InputError where its files do not belong together.
+    """
+    chat, preprocessor, tower = Chat.from_folder(folder), images.Preprocessor.from_folder(folder), settings.vision
+    for what, found, wanted in (
+        ("image token", chat.image_id, settings.image_token_id),
+        ("patch_size", preprocessor.patch_size, tower.patch_size),
+        ("merge_size", preprocessor.merge_size, tower.spatial_merge_size),
+        ("temporal_patch_size", preprocessor.temporal_patch_size, tower.temporal_patch_size),
+    ):
+        if found != wanted:
+            raise errors.InputError(
+                f"{folder}: {what} is {found} in its tokenizer or preprocessor files and {wanted} in config.json; take "
+                "all of them from one checkpoint"
+            )
+    return examples.Encoder(chat, preprocessor, codec.RESIZED_PIXELS, window_side=tower.window_side)
 
 
 def runner_of(
@@ -81,6 +93,15 @@ def runner_of(
     return Runner(graph, mesh, encoder, words, pipeline.Shard(jax.process_index(), jax.process_count()))
 
 
+class Given(NamedTuple):
+    """What was given for a question."""
+
+    answer: str | None
+    box: Box | None
+    text: str = ""
+    reason: str = ""  # name of an answer.Reason
+
+
 def predict(
     runner: Runner,
     params: dict,
@@ -91,24 +112,58 @@ def predict(
 ) -> list[dict]:
     """Answer every question greedily; one dict a question, in the order of the frames, on every process.
 
-    Keys: frame, question, answer, box, pred_answer, pred_box, iou, text, reason. Boxes are unit xyxy.
+    Keys: frame, question, answer, box, pred_answer, pred_box, iou, text, reason. Boxes are unit xyxy, what could not
+    be read is None. The batch is rounded up to what the mesh divides; `progress` is told (batches done, batches).
     """
+    spread = runner.mesh.shape["data"] * runner.mesh.shape["fsdp"]
+    settings = settings.model_copy(update={"frames": pipeline.round_up(settings.frames, spread)})
     batches, count = pipeline.once(frames, runner.encoder, settings, runner.shard)
     greedy = sampling.Config(max_tokens=max_tokens, temperature=0.0)
-    found: dict[tuple[int, int], dict] = {}
+    progress = progress or (lambda done, count: None)
+    progress(0, count)
+    found: dict[tuple[int, int], Given] = {}
     for done, (prompts, gold) in enumerate(batches, start=1):
         out = decode(runner.graph, params, sharding.put_batch(prompts, runner.mesh), runner.vocabulary, greedy)
-        local = sharding.local_rows((out.tokens_BJT, out.stopped_BJ))
-        graded = grade.grade(*local, gold, runner.encoder)
-        for b, row in enumerate(gold.valid_BQ):
-            for q in np.flatnonzero(row):
-                number, index = int(gold.frame_B[b]), int(gold.record_BQ[b, q])
-                found[number, index] = _prediction(frames[number], index, graded, int(b), int(q))
-        if progress:
-            progress(done, count)
+        graded = grade.grade(*sharding.local_rows((out.tokens_BJT, out.stopped_BJ)), gold, runner.encoder)
+        for b, q in zip(*np.nonzero(gold.valid_BQ), strict=True):
+            parsed, size = graded.parsed[b][q], gold.resized_B2[b].tolist()
+            found[int(gold.frame_B[b]), int(gold.record_BQ[b, q])] = Given(
+                answer=None if parsed.answer < 0 else vocabulary.CLASSES[parsed.answer],
+                box=None if parsed.box is None else runner.encoder.codec.decode(parsed.box, *size),
+                text=graded.texts[b][q],
+                reason=parsed.reason.name,
+            )
+        progress(done, count)
     if runner.shard.count > 1:
         found = _gather(found)
-    return [found[key] for key in sorted(found)]
+    return _rows(
+        (frames[number], frames[number].records[index], found[number, index]) for number, index in sorted(found)
+    )
+
+
+def predict_blank(
+    runner: Runner, params: dict, frames: Sequence[Frame], settings: pipeline.Config, max_tokens: int
+) -> list[dict]:
+    """What `predict` would give if every frame were grey. Frames of a size are alike then: each asks every question
+    that any of them asks, once.
+    """
+    asked: dict[tuple[int, int], dict[str, Record]] = {}
+    for frame in frames:
+        asked.setdefault((frame.width, frame.height), {}).update({r.question: r for r in frame.records})
+    grey = [
+        Frame(f"{width}x{height}", "grey", Path(), width, height, tuple(of_question.values()))
+        for (width, height), of_question in asked.items()
+    ]
+    unseeing = runner._replace(encoder=dataclasses.replace(runner.encoder, blank=True))
+    found = {
+        (row["frame"], row["question"]): Given(row["pred_answer"], row["pred_box"], row["text"], row["reason"])
+        for row in predict(unseeing, params, grey, settings, max_tokens)
+    }
+    return _rows(
+        (frame, record, found[f"{frame.width}x{frame.height}", record.question])
+        for frame in frames
+        for record in frame.records
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -126,53 +181,28 @@ def decode(graph, params, prompts, words: sampling.Vocabulary, settings: samplin
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """The metrics of predictions: `metrics.table` and location accuracy in frames with several tools."""
-    outcomes = outcomes_of(predictions)
-    table = metrics.table(outcomes)
-    tools = {}
+    """The metrics of predictions: `metrics.table`, and location accuracy in frames with several instruments."""
+    outcomes = metrics.of_rows(predictions)
+    tools: dict[str, set] = {}
     for row in predictions:
         kind, tool = vocabulary.question_kind(row["question"])
-        tools.setdefault(row["frame"], set()).add(tool)
-    several = np.array([len(tools[row["frame"]] - {None}) > 1 for row in predictions])
-    located = outcomes.kind == vocabulary.KINDS.index("location")
-    table["accuracy_location_multi_tool"] = metrics.summarise(outcomes, located & several)["accuracy"]
-    return table
-
-
-def outcomes_of(predictions: Sequence[dict]) -> metrics.Outcomes:
-    """Prediction rows as the arrays that `metrics` works on."""
-    nothing = (0.0, 0.0, 0.0, 0.0)
-    frames = {name: number for number, name in enumerate(dict.fromkeys(row["frame"] for row in predictions))}
-    return metrics.compare(
-        pred_answer=[vocabulary.class_index(row["pred_answer"] or "") for row in predictions],
-        gold_answer=[vocabulary.class_index(row["answer"]) for row in predictions],
-        pred_box=[row["pred_box"] or nothing for row in predictions],
-        box_ok=[row["pred_box"] is not None for row in predictions],
-        gold_box=[row["box"] for row in predictions],
-        kind=[vocabulary.question_kind(row["question"])[0] for row in predictions],
-        frame=[frames[row["frame"]] for row in predictions],
-    )
+        if kind in (vocabulary.STATE, vocabulary.LOCATION):
+            tools.setdefault(row["frame"], set()).add(tool)
+    several = np.array([len(tools.get(row["frame"], ())) > 1 for row in predictions], bool)
+    located = metrics.summarise(outcomes, several & (outcomes.kind == vocabulary.LOCATION))
+    return metrics.table(outcomes) | {"accuracy_location_multi_tool": located["accuracy"]}
 
 
 def floor_metrics(train: Sequence[Frame], frames: Sequence[Frame]) -> dict:
     """What the question alone is worth: its usual answer and its median box in the training split."""
-    guesses = iter(floors.question_only(train, frames))
-    rows = []
-    for frame in frames:
-        for record in frame.records:
-            guess, box = next(guesses)
-            rows.append(
-                dict(frame=frame.id, question=record.question, answer=record.answer, box=record.box)
-                | dict(pred_answer=guess, pred_box=box)
-            )
-    return score(rows)
+    guesses = floors.question_only(train, frames)
+    asked = ((frame, record) for frame in frames for record in frame.records)
+    return score(_rows((*question, Given(*guess)) for question, guess in zip(asked, guesses, strict=True)))
 
 
 def write_predictions(path: Path, predictions: Sequence[dict]) -> None:
-    """One JSON line a question, written beside the target and renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in predictions))
-    os.replace(part, path)
+    """One JSON line a question."""
+    _write(path, "".join(json.dumps(row) + "\n" for row in predictions))
 
 
 def run(
@@ -187,38 +217,40 @@ def run(
     blank: bool = True,
     strict: bool = False,
 ) -> int:
-    """Evaluate a checkpoint on a split: FILE.json with the metrics and floors, FILE.predictions.jsonl."""
+    """Evaluate a checkpoint on a split: FILE.json with metrics, intervals and floors, FILE.predictions.jsonl.
+
+    `frames` is the batch, `dtype` the precision of computing; `blank` adds the grey image to the floors.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    out = Path(out)
+    out = Path(out).with_suffix("") if Path(out).suffix == ".json" else Path(out)
+    files = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
+    for file in files:  # before the work, not after it
+        if file.is_dir():
+            raise errors.InputError(f"{file}: is a folder; name another file")
+        file.parent.mkdir(parents=True, exist_ok=True)
     every = records.read(data, strict=strict)
-    chosen = records.split(every, split)
+    chosen, train = records.split(every, split), [f for f in every if records.split_of(f.sequence) == "train"]
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(checkpoint_dir, mesh)
     runner = runner_of(loaded.folder, loaded.config, mesh, layers.Compute(dtype=dtype))
-    frames = pipeline.round_up(frames, mesh.shape["data"] * mesh.shape["fsdp"])
-    settings = pipeline.Config(root=str(data), split=split, frames=frames, questions=9, threads=2)
-    report: dict = {"checkpoint": str(checkpoint_dir), "data": str(data), "split": split, "floors": {}}
-    with Progress(console=Console(stderr=True)) as bar:
-        for name, grey in (("model", False), ("blank_image", True))[: 1 + blank]:
-            task = bar.add_task(f"evaluate {split}, {name.replace('_', ' ')}", total=None)
-            seen = runner._replace(encoder=_with_blank(runner.encoder, grey))
-            step = lambda done, count, task=task: bar.update(task, completed=done, total=count)  # noqa: E731
-            predictions = predict(seen, loaded.params, chosen, settings, max_tokens, step)
-            if grey:
-                report["floors"]["blank_image"] = score(predictions)
-            else:
-                report |= score(predictions)
-                answers = predictions
-    train = [f for f in every if records.split_of(f.sequence) == "train"]
+    asking = loaded.params, chosen, pipeline.Config(root=str(data), split=split, frames=frames, questions=9), max_tokens
+    main = jax.process_index() == 0
+    with Progress(console=Console(stderr=True), disable=not main) as bar:
+        task = bar.add_task(f"answering {split}", total=None)
+        predictions = predict(runner, *asking, lambda done, count: bar.update(task, completed=done, total=count))
+    scores, beside = score(predictions), {}
+    if blank:
+        beside["blank_image"] = score(predict_blank(runner, *asking))
     if train:
-        report["floors"]["question_only"] = floor_metrics(train, chosen)
-    if jax.process_index() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(out.with_suffix(".predictions.jsonl"), answers)
-        out.write_text(json.dumps(report, indent=2) + "\n")
-        print_scores({"model": report, **report["floors"]}, title=f"{split}: {report['n']} questions")
+        beside["question_only"] = floor_metrics(train, chosen)
+    if main:
+        about = dict(checkpoint=str(checkpoint_dir), data=str(data), split=split, max_tokens=max_tokens, dtype=dtype)
+        intervals = metrics.intervals(metrics.of_rows(predictions))
+        _write(files[0], json.dumps(about | scores | {"intervals": intervals, "floors": beside}, indent=2) + "\n")
+        write_predictions(files[1], predictions)
+        print_scores({"model": scores} | beside, title=f"{split}: {scores['n']} questions")
     return 0
 
 
@@ -232,38 +264,45 @@ def print_scores(columns: dict[str, dict], title: str) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     first = next(iter(columns.values()))
     for key, value in first.items():
-        if isinstance(value, float) and key != "n":
+        if isinstance(value, float):
             cells = (columns[name].get(key) for name in columns)
             table.add_row(key, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
     Console().print(table)
 
 
-def _with_blank(encoder: examples.Encoder, blank: bool) -> examples.Encoder:
-    import dataclasses
+def _rows(given: Iterable[tuple[Frame, Record, Given]]) -> list[dict]:
+    """Prediction rows: a question, its gold, and what was given for it."""
+    rows = [
+        dict(
+            frame=frame.id,
+            question=record.question,
+            answer=record.answer,
+            box=list(record.box),
+            pred_answer=found.answer,
+            pred_box=None if found.box is None else list(found.box),
+            iou=0.0,
+            text=found.text,
+            reason=found.reason,
+        )
+        for frame, record, found in given
+    ]
+    for row, iou in zip(rows, metrics.of_rows(rows).iou.tolist(), strict=True):
+        row["iou"] = iou
+    return rows
 
-    return dataclasses.replace(encoder, blank=blank)
+
+def _write(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
 
 
-def _prediction(frame: Frame, index: int, graded: grade.Graded, b: int, q: int) -> dict:
-    record, parsed, judged = frame.records[index], graded.parsed[b][q], graded.judged
-    right_box = [round(float(edge), 6) for edge in judged.box[b, q]] if judged.box_ok[b, q] else None
-    row = dict(
-        frame=frame.id,
-        question=record.question,
-        answer=record.answer,
-        box=[round(edge, 6) for edge in record.box],
-        pred_answer=None if parsed.answer < 0 else vocabulary.CLASSES[parsed.answer],
-        pred_box=right_box,
-    )
-    row["iou"] = round(float(outcomes_of([row]).iou[0]), 6)
-    return row | dict(text=graded.texts[b][q], reason=parsed.reason.name)
-
-
-def _gather(found: dict) -> dict:
-    """The predictions of all processes, on each."""
-    own = json.dumps([[list(key), row] for key, row in found.items()]).encode()
+def _gather(found: dict[tuple[int, int], Given]) -> dict[tuple[int, int], Given]:
+    """What all processes found, on each."""
+    own = json.dumps([[key, given] for key, given in found.items()]).encode()
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
     padded = np.frombuffer(own.ljust(int(sizes.max()), b" "), np.uint8)
     parts = multihost_utils.process_allgather(padded)
-    rows = [pair for part in np.atleast_2d(parts) for pair in json.loads(part.tobytes())]
-    return {tuple(key): row for key, row in rows}
+    pairs = [pair for part in np.atleast_2d(parts) for pair in json.loads(part.tobytes())]
+    return {tuple(key): Given(*given) for key, given in pairs}

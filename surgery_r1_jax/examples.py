@@ -9,16 +9,21 @@ one question, right-aligned, so that all lanes go on at the same slot.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from surgery_r1_jax import answer, batch, errors, grid, images, reasoning, vocabulary
 from surgery_r1_jax.batch import ANSWER, BOTH, BOX, FrameBatch, Gold, Shape
 from surgery_r1_jax.chat import Chat
 from surgery_r1_jax.codec import BoxCodec
 from surgery_r1_jax.records import Box, Frame, Record
+
+# Resized pictures are kept until they hold so many pixels, 3 bytes each; beyond that frames are decoded anew.
+_KEPT_PIXELS = 1 << 27
 
 
 class Branch(NamedTuple):
@@ -41,11 +46,7 @@ class Encoder:
     window_side: int  # merged units along a window's side
     system: str = answer.INSTRUCTION
     blank: bool = False  # show a grey image instead of the frame: what does the model know without looking?
-
-    @property
-    def slots(self) -> int:
-        """Patches in a window."""
-        return (self.window_side * self.preprocessor.merge_size) ** 2
+    _kept: dict[Path, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def patch_grid(self, frame: Frame) -> grid.Grid:
         """Patch rows and columns of a frame as the model sees it."""
@@ -71,13 +72,16 @@ class Encoder:
         return self.chat.prompt_ids(answer.prompt(record.question, want))
 
     def training(self, frame: Frame, branches: Sequence[Branch], shape: Shape) -> FrameBatch:
-        """An example for teacher forcing: branches packed into lanes, completion tokens scored."""
-        lanes = pack([len(b) for b in branches], shape.lane_tokens)
-        if len(lanes) > shape.lanes:
-            raise errors.InputError(f"{frame.id}: {len(branches)} branches need {len(lanes)} lanes of {shape.lanes}")
+        """An example for teacher forcing: branches packed into lanes, completion tokens scored.
+
+        Raises: InputError naming the frame where its branches do not fit into the shape.
+        """
+        _fit(frame, "tokens of a question with its answer", max(map(len, branches), default=0), shape.lane_tokens)
+        lanes = pack([len(branch) for branch in branches], shape.lane_tokens)
+        _fit(frame, "lanes", len(lanes), shape.lanes)
+        _fit(frame, "scored tokens", sum(len(branch.completion) for branch in branches), shape.scored)
         prefix, next_pos = self._prefix(frame, shape)
-        ids, pos, segment = (np.zeros((shape.lanes, shape.lane_tokens), np.int32) for _ in range(3))
-        ids[:] = self.chat.pad_id
+        ids, pos, segment = self._empty_lanes(shape)
         slots, targets = [], []
         for j, members in enumerate(lanes):
             at = 0
@@ -91,26 +95,29 @@ class Encoder:
                 slots.extend(range(first, first + len(branch.completion)))
                 targets.extend(branch.completion)
                 at += len(branch)
-        pad = [(0, shape.scored - len(slots))]
         return FrameBatch(
             *prefix,
             branch_ids_BJT=ids,
             branch_pos_BJT=pos,
             branch_segment_BJT=segment,
-            score_slot_BL=np.pad(np.asarray(slots, np.int32), pad),
-            score_target_BL=np.pad(np.asarray(targets, np.int32), pad),
-            score_weight_BL=np.pad(np.ones(len(slots), np.float32), pad),
+            score_slot_BL=_padded(slots, shape.scored),
+            score_target_BL=_padded(targets, shape.scored),
+            score_weight_BL=_padded(np.ones(len(targets), np.float32), shape.scored),
         )
 
     def prompts(self, frame: Frame, number: int, chosen: Sequence[int], shape: Shape) -> tuple[FrameBatch, Gold]:
-        """An example for rollout: the chosen records' questions, one a lane, right-aligned, and their gold."""
+        """An example for rollout: the chosen records' questions, one a lane, right-aligned, and their gold.
+
+        Raises: InputError naming the frame where its questions do not fit into the shape.
+        """
+        questions = [self.prompt(frame.records[index]) for index in chosen]
+        _fit(frame, "questions", len(questions), shape.lanes)
+        _fit(frame, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
         prefix, next_pos = self._prefix(frame, shape)
-        ids, pos, segment = (np.zeros((shape.lanes, shape.lane_tokens), np.int32) for _ in range(3))
-        ids[:] = self.chat.pad_id
+        ids, pos, segment = self._empty_lanes(shape)
         gold = batch.padding_gold(shape.lanes)
-        for q, index in enumerate(chosen):
+        for q, (index, tokens) in enumerate(zip(chosen, questions, strict=True)):
             record = frame.records[index]
-            tokens = self.prompt(record)
             here = slice(shape.lane_tokens - len(tokens), None)
             ids[q, here], segment[q, here] = tokens, 1
             pos[q, here] = next_pos + np.arange(len(tokens))
@@ -126,25 +133,17 @@ class Encoder:
         nothing = np.zeros(0, np.int32)
         return FrameBatch(*prefix, ids, pos, segment, nothing, nothing, np.zeros(0, np.float32)), gold
 
-    def _prefix(self, frame: Frame, shape: Shape) -> tuple[list[np.ndarray], int]:
-        if self.blank:
-            image = images.blank(frame.width, frame.height)
-        else:
-            image = images.load(frame.image)
-        patches, patch_grid = self.preprocessor.patches(image)
-        return self.prefix([(patches, patch_grid)], shape)
-
     def prefix(self, pictures: Sequence[tuple[np.ndarray, grid.Grid]], shape: Shape) -> tuple[list[np.ndarray], int]:
         """The first seven fields of an example, for any number of images, and the branches' first position."""
         grids = [g for _, g in pictures]
         patches = np.concatenate([p for p, _ in pictures])
         merge = self.preprocessor.merge_size
         layout = grid.arrange(grids, side=self.window_side, merge=merge, windows=shape.windows)
-        source = layout.source_WS[..., None]
-        patches_WSC = np.where(source >= 0, patches[np.maximum(layout.source_WS, 0)], np.float32(0))
+        filled_WS = layout.source_WS >= 0
+        patches_WSC = np.zeros((*filled_WS.shape, patches.shape[-1]), np.float32)
+        patches_WSC[filled_WS] = patches[layout.source_WS[filled_WS]]
         ids = np.asarray(self.prefix_ids(grids), np.int32)
-        pad = shape.prefix - ids.size
-        if pad < 0:
+        if ids.size > shape.prefix:
             raise errors.InputError(f"a prefix of {ids.size} tokens does not fit in {shape.prefix}")
         unit = np.full(ids.size, -1, np.int32)
         unit[ids == self.chat.image_id] = layout.unit_of_token
@@ -153,12 +152,33 @@ class Encoder:
             patches_WSC,
             layout.hw_WS2,
             layout.image_WS,
-            np.pad(ids, (0, pad), constant_values=self.chat.pad_id),
-            np.pad(unit, (0, pad), constant_values=-1),
-            np.pad(pos_3P, ((0, 0), (0, pad))),
-            np.pad(np.ones(ids.size, bool), (0, pad)),
+            _padded(ids, shape.prefix, self.chat.pad_id),
+            _padded(unit, shape.prefix, -1),
+            _padded(pos_3P, shape.prefix),
+            _padded(np.ones(ids.size, bool), shape.prefix),
         ]
         return fields, next_pos
+
+    def _prefix(self, frame: Frame, shape: Shape) -> tuple[list[np.ndarray], int]:
+        return self.prefix([self.preprocessor.patches(self._picture(frame))], shape)
+
+    def _picture(self, frame: Frame) -> Image.Image:
+        """What the model is shown; the resized pictures of small frames are kept, so that each is decoded once."""
+        if self.blank:
+            return images.blank(frame.width, frame.height)
+        if (picture := self._kept.get(frame.image)) is None:
+            picture = images.load(frame.image)
+            size = self.preprocessor.resized(*picture.size)
+            # What has this size already is not resized again, unless it is so narrow that it has no final size.
+            if self.preprocessor.resized(*size) == size and len(self._kept) * size[0] * size[1] < _KEPT_PIXELS:
+                picture = self._kept[frame.image] = picture.resize(size, Image.Resampling.BICUBIC)
+        return picture
+
+    def _empty_lanes(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, positions and segments [J, T] without any branch."""
+        ids, pos, segment = (np.zeros((shape.lanes, shape.lane_tokens), np.int32) for _ in range(3))
+        ids[:] = self.chat.pad_id
+        return ids, pos, segment
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -176,3 +196,16 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         lanes[lane].append(index)
         room[lane] -= lengths[index]
     return lanes
+
+
+def _fit(frame: Frame, what: str, needed: int, room: int) -> None:
+    if needed > room:
+        raise errors.InputError(f"{frame.id}: {needed} {what} do not fit in {room}")
+
+
+def _padded(array, length: int, value=0) -> np.ndarray:
+    """The array with its last axis filled up to a length; lists become int32."""
+    array = np.asarray(array, None if isinstance(array, np.ndarray) else np.int32)
+    full = np.full((*array.shape[:-1], length), value, array.dtype)
+    full[..., : array.shape[-1]] = array
+    return full

@@ -1,25 +1,26 @@
 """Hugging Face folders in and out: config.json, sharded safetensors, tokenizer and preprocessor files.
 
-One table of names serves both directions. Every tensor of the files is used exactly once and every parameter is
-filled exactly once; anything missing, left over or of another shape is an error that names it. No torch, no
-pickle, no remote code.
-
-Source of the names: files written by transformers' Qwen2_5_VLForConditionalGeneration.save_pretrained.
+Every tensor of the files is used exactly once and every parameter is filled exactly once, by the table in
+`weights`; anything missing, left over or of another shape is an error that names it. No torch, no pickle, no
+remote code.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
 
 from surgery_r1_jax import decoder, errors, model, vision
+from surgery_r1_jax.weights import NAMES
 
 FAMILY = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +30,8 @@ SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -37,89 +40,47 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    "LICENSE",
 )
-
-
-class Form(NamedTuple):
-    """How a parameter's array relates to the file's: both directions, file shape worked out from ours."""
-
-    to_file: Callable[[np.ndarray, vision.Config], np.ndarray]
-    from_file: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-
-
-def _linear(inputs: int) -> Form:
-    """Torch stores [out, in]; ours is [in..., out...]."""
-    return Form(
-        lambda ours, _: ours.reshape(int(np.prod(ours.shape[:inputs])), -1).T,
-        lambda file, shape: file.T.reshape(shape),
-    )
-
-
-_SAME = Form(lambda ours, _: ours, lambda file, shape: file)
-_FLAT = Form(lambda ours, _: ours.reshape(-1), lambda file, shape: file.reshape(shape))
-_PATCH = Form(  # a 3-D convolution whose kernel covers exactly one patch
-    lambda ours, v: ours.T.reshape(-1, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size),
-    lambda file, shape: file.reshape(file.shape[0], -1).T,
-)
-
-# Our path -> the file's name ({i}: layer of a stack) and form.
-NAMES: dict[str, tuple[str, Form]] = {
-    "embed": ("model.embed_tokens.weight", _SAME),
-    "head": ("lm_head.weight", _SAME),
-    "decoder.norm.scale": ("model.norm.weight", _SAME),
-    "decoder.blocks.norm1.scale": ("model.layers.{i}.input_layernorm.weight", _SAME),
-    "decoder.blocks.norm2.scale": ("model.layers.{i}.post_attention_layernorm.weight", _SAME),
-    "decoder.blocks.q.kernel": ("model.layers.{i}.self_attn.q_proj.weight", _linear(1)),
-    "decoder.blocks.q.bias": ("model.layers.{i}.self_attn.q_proj.bias", _FLAT),
-    "decoder.blocks.k.kernel": ("model.layers.{i}.self_attn.k_proj.weight", _linear(1)),
-    "decoder.blocks.k.bias": ("model.layers.{i}.self_attn.k_proj.bias", _FLAT),
-    "decoder.blocks.v.kernel": ("model.layers.{i}.self_attn.v_proj.weight", _linear(1)),
-    "decoder.blocks.v.bias": ("model.layers.{i}.self_attn.v_proj.bias", _FLAT),
-    "decoder.blocks.o.kernel": ("model.layers.{i}.self_attn.o_proj.weight", _linear(2)),
-    "decoder.blocks.mlp.gate.kernel": ("model.layers.{i}.mlp.gate_proj.weight", _linear(1)),
-    "decoder.blocks.mlp.up.kernel": ("model.layers.{i}.mlp.up_proj.weight", _linear(1)),
-    "decoder.blocks.mlp.down.kernel": ("model.layers.{i}.mlp.down_proj.weight", _linear(1)),
-    "tower.patch_embed.kernel": ("visual.patch_embed.proj.weight", _PATCH),
-    "tower.blocks.norm1.scale": ("visual.blocks.{i}.norm1.weight", _SAME),
-    "tower.blocks.norm2.scale": ("visual.blocks.{i}.norm2.weight", _SAME),
-    "tower.blocks.qkv.kernel": ("visual.blocks.{i}.attn.qkv.weight", _linear(1)),
-    "tower.blocks.qkv.bias": ("visual.blocks.{i}.attn.qkv.bias", _FLAT),
-    "tower.blocks.proj.kernel": ("visual.blocks.{i}.attn.proj.weight", _linear(2)),
-    "tower.blocks.proj.bias": ("visual.blocks.{i}.attn.proj.bias", _FLAT),
-    "tower.blocks.mlp.gate.kernel": ("visual.blocks.{i}.mlp.gate_proj.weight", _linear(1)),
-    "tower.blocks.mlp.gate.bias": ("visual.blocks.{i}.mlp.gate_proj.bias", _FLAT),
-    "tower.blocks.mlp.up.kernel": ("visual.blocks.{i}.mlp.up_proj.weight", _linear(1)),
-    "tower.blocks.mlp.up.bias": ("visual.blocks.{i}.mlp.up_proj.bias", _FLAT),
-    "tower.blocks.mlp.down.kernel": ("visual.blocks.{i}.mlp.down_proj.weight", _linear(1)),
-    "tower.blocks.mlp.down.bias": ("visual.blocks.{i}.mlp.down_proj.bias", _FLAT),
-    "tower.merger.norm.scale": ("visual.merger.ln_q.weight", _SAME),
-    "tower.merger.up.kernel": ("visual.merger.mlp.0.weight", _linear(1)),
-    "tower.merger.up.bias": ("visual.merger.mlp.0.bias", _FLAT),
-    "tower.merger.down.kernel": ("visual.merger.mlp.2.weight", _linear(1)),
-    "tower.merger.down.bias": ("visual.merger.mlp.2.bias", _FLAT),
-}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def read_config(folder: Path) -> model.Config:
-    """Architecture of a Hugging Face folder, whichever generation of config.json it holds."""
+    """Architecture of a Hugging Face folder, whichever generation of config.json it holds.
+
+    Raises: InputError naming the file for another model family and for any variant that would be computed wrongly.
+    """
     from transformers import AutoConfig
 
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise errors.InputError(f"{folder}: no config.json; give a Hugging Face folder of a Qwen2.5-VL model")
     try:
-        family = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as problem:
-        raise errors.InputError(f"{path}: not a JSON object ({problem})") from None
+        family = json.loads(path.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError) as problem:
+        raise errors.InputError(f"{path}: not a JSON object ({_line(problem)}); copy it from the checkpoint") from None
     if family != FAMILY:
         raise errors.InputError(f"{path}: model_type '{family}' is not supported; supported: {FAMILY}")
-    whole = AutoConfig.from_pretrained(folder, local_files_only=True)
-    text, tower = whole.text_config, whole.vision_config
-    rope = text.rope_parameters
-    if getattr(text, "use_sliding_window", False):
-        raise errors.InputError(f"{path}: use_sliding_window is not supported; no released Qwen2.5-VL sets it")
+    try:
+        whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _architecture(whole)
+    except Exception as problem:  # transformers raises many kinds on a bad file
+        raise errors.InputError(f"{path}: {_line(problem)}") from None
+
+
+def _architecture(whole) -> model.Config:
+    text, tower, rope = whole.text_config, whole.vision_config, whole.text_config.rope_parameters
+    for what, found, supported in (
+        ("use_sliding_window", bool(text.use_sliding_window), (False,)),
+        ("rope_type", rope.get("rope_type", "default"), ("default", "mrope")),
+        ("hidden_act", text.hidden_act, ("silu",)),
+        ("vision_config.hidden_act", tower.hidden_act, ("silu",)),
+        ("quantization_config", getattr(whole, "quantization_config", None), (None,)),
+    ):
+        if found not in supported:
+            raise ValueError(f"{what} {found} is not supported, only {supported[0]}; take a released Qwen2.5-VL")
     if "mrope_section" not in rope:
-        raise errors.InputError(f"{path}: no mrope_section in rope_scaling or rope_parameters")
+        raise ValueError("no mrope_section in rope_scaling or rope_parameters; copy the file from the checkpoint")
     return model.Config(
         image_token_id=whole.image_token_id,
         tie_word_embeddings=bool(whole.tie_word_embeddings),
@@ -152,37 +113,23 @@ def read_config(folder: Path) -> model.Config:
 
 
 def read_params(folder: Path, config: model.Config, shardings: dict | None = None) -> dict:
-    """Parameters of a folder as a nested dict of float32 arrays, placed by `shardings` where given."""
+    """Parameters of a folder as a nested dict of float32 arrays, placed by `shardings` where given.
+
+    The host holds one parameter (a stack of layers) at a time. Raises: InputError naming file and tensor for
+    anything missing, left over, of another shape, not a float, or not finite.
+    """
     folder = Path(folder)
     _, abstract = model.build(config)
-    files = _tensor_files(folder)
-    read: set[str] = set()
-
-    def tensor(name: str, where: str, form: Form, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in files:
-            raise errors.InputError(f"{folder}: tensor '{name}' is missing (parameter {where})")
-        read.add(name)
-        with safetensors.safe_open(files[name], framework="np") as file:
-            stored = file.get_tensor(name)
-        want = form.to_file(np.broadcast_to(np.float32(0), shape), config.vision).shape
-        if stored.shape != want:
-            raise errors.InputError(
-                f"{files[name]}: tensor '{name}' has shape {list(stored.shape)}, but config.json makes it {list(want)}"
-            )
-        return form.from_file(stored.astype(np.float32), shape)
-
     params = {}
-    for path, variable in nnx.to_flat_state(abstract):
-        where, shape = ".".join(map(str, path)), variable.get_value().shape
-        name, form = NAMES[where]
-        if "{i}" in name:
-            value = np.stack([tensor(name.format(i=i), where, form, shape[1:]) for i in range(shape[0])])
-        else:
-            value = tensor(name, where, form, shape)
-        sharding = None if shardings is None else _at(shardings, path)
-        params[path] = jax.device_put(value, sharding)
-    left_over = sorted(set(files) - read - _ignorable(config))
-    if left_over:
+    with contextlib.ExitStack() as stack:
+        files = _open(folder, stack)
+        for path, variable in nnx.to_flat_state(abstract):
+            value = _parameter(folder, files, ".".join(path), variable.get_value().shape, config.vision)
+            params[path] = jax.device_put(value) if shardings is None else _spread(value, _at(shardings, path))
+            del value  # before there is a next one
+    if config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    if left_over := sorted(files):
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         raise errors.InputError(f"{folder}: unknown tensors {', '.join(left_over[:3])}{more}; they match no parameter")
     return _nested(params)
@@ -195,54 +142,57 @@ def write_folder(
     source: Path,
     *,
     dtype: str = "float32",
-    max_shard_bytes: int = 5 << 30,
+    max_shard_bytes: int = 2 << 30,
 ) -> Path:
     """Write a folder that transformers loads: weights from `params`, everything else copied from `source`.
 
-    Written beside `out` and renamed at the end, so that no half-written folder looks whole.
+    Written beside `out` and renamed at the end: `out` is whole or not there. Raises: InputError where `out` holds
+    files already.
     """
     out, source = Path(out), Path(source)
-    if out.exists() and any(out.iterdir()):
-        raise errors.InputError(f"{out}: already exists and is not empty; give a new folder")
-    import ml_dtypes
-
-    numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise errors.InputError(f"{out}: already exists and is not an empty folder; give a new one")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    shards: list[list[str]] = [[]]
-    pending: dict[str, np.ndarray] = {}
-    size = total = 0
-
-    def flush():
-        safetensors.numpy.save_file(pending, part / f"shard-{len(shards):05d}", metadata={"format": "pt"})
-        pending.clear()
-
-    for name, value in _file_tensors(params, config):
-        value = np.ascontiguousarray(value.astype(numpy_dtype))
-        if pending and size + value.nbytes > max_shard_bytes:
-            flush()
-            shards.append([])
-            size = 0
-        pending[name] = value
-        shards[-1].append(name)
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    if len(shards) == 1:
-        (part / "shard-00001").rename(part / SINGLE)
-    else:
-        weight_map = {}
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            (part / f"shard-{number:05d}").rename(part / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    copy_side_files(source, part, dtype=dtype)
-    if out.exists():
-        out.rmdir()
-    part.rename(out)
+    try:
+        _write_weights(part, _file_tensors(params, config, DTYPES[dtype]), max_shard_bytes)
+        copy_side_files(source, part, dtype=dtype)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return out
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
+    """One file, or shards with an index; how many is known at the end, so they get their names then."""
+    written, total = [], 0
+    for shard in _shards(tensors, max_shard_bytes):
+        file = folder / f"{len(written)}.part"
+        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        written.append((file, list(shard)))
+        total += sum(value.nbytes for value in shard.values())
+    count, weight_map = len(written), {}
+    for number, (file, names) in enumerate(written, start=1):
+        final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        file.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    for name, value in tensors:
+        if shard and sum(other.nbytes for other in shard.values()) + value.nbytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = value
+    yield shard
 
 
 def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> None:
@@ -251,58 +201,100 @@ def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> Non
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if dtype is not None:
-        config = json.loads((out / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+        config = json.loads((out / "config.json").read_text("utf-8"))
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers' spelling before and since 4.56
+        (out / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", "utf-8")
 
 
-def _file_tensors(params: dict, config: model.Config) -> Iterator[tuple[str, np.ndarray]]:
+def _file_tensors(params: dict, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the files, one after the other."""
     for where, (name, form) in NAMES.items():
         if where == "head" and config.tie_word_embeddings:
             continue
         value = np.asarray(jax.device_get(_at(params, where.split("."))))
-        if "{i}" in name:
-            for i, layer in enumerate(value):
-                yield name.format(i=i), form.to_file(layer, config.vision)
-        else:
-            yield name, form.to_file(value, config.vision)
+        stack = [(name, value)] if "{i}" not in name else [(name.format(i=i), layer) for i, layer in enumerate(value)]
+        for file_name, array in stack:
+            yield file_name, np.ascontiguousarray(form.to_file(array, config.vision).astype(dtype))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name (old spelling) and file. An index and its files must agree both ways."""
-    if (folder / INDEX).is_file():
+class _Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    file: safetensors.safe_open
+    name: str  # in the file
+
+
+def _parameter(
+    folder: Path, files: dict[str, _Stored], where: str, shape: tuple[int, ...], tower: vision.Config
+) -> np.ndarray:
+    """Fill a parameter from its tensors, one or one per layer, and strike these off the list."""
+    name, form = NAMES[where]
+    value = np.empty(shape, np.float32)
+    parts = {name.format(i=i): layer for i, layer in enumerate(value)} if "{i}" in name else {name: value}
+    for tensor, part in parts.items():
+        if tensor not in files:
+            raise errors.InputError(
+                f"{folder}: tensor '{tensor}' is missing (parameter {where}); copy the checkpoint again"
+            )
+        in_file = _numbers(files.pop(tensor), form.to_file(part, tower).shape)
+        part[...] = form.from_file(in_file, part.shape)
+    return value
+
+
+def _numbers(stored: _Stored, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the files as float32. Raises: InputError for another shape or type, and for NaN and infinity."""
+    header, problem = stored.file.get_slice(stored.name), None
+    if header.get_shape() != list(shape):
+        problem = f"has shape {header.get_shape()}, but config.json makes it {list(shape)}"
+    elif header.get_dtype() not in ("F32", "BF16", "F16"):
+        problem = f"has type {header.get_dtype()}; only float32, bfloat16 and float16 weights are read"
+    else:
+        value = stored.file.get_tensor(stored.name).astype(np.float32)
+        if np.isfinite(value.min()) and np.isfinite(value.max()):  # each of them is NaN where there is one
+            return value
+        problem = "holds a number that is not finite; take an earlier checkpoint"
+    raise errors.InputError(f"{stored.path}: tensor '{stored.name}' {problem}")
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """Every tensor by its name in NAMES. An index and its files must agree both ways."""
+    index, weight_map, shards = folder / INDEX, None, [SINGLE]
+    if index.is_file():
         try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise errors.InputError(f"{folder / INDEX}: not a weight index; export the checkpoint again") from None
+            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            shards = sorted({str(file) for file in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise errors.InputError(f"{index}: not a weight index; copy the checkpoint again") from None
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
-                raise errors.InputError(f"{folder / INDEX}: names the file '{shard}', which is not in the folder")
-    elif (folder / SINGLE).is_file():
-        weight_map, shards = None, [SINGLE]
-    else:
-        raise errors.InputError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors weights are read")
-    found: dict[str, Path] = {}
-    for shard in shards:
+                raise errors.InputError(f"{index}: names the file '{shard}', which is not in the folder; copy it there")
+    elif not (folder / SINGLE).is_file():
+        raise errors.InputError(
+            f"{folder}: no {SINGLE} and no {INDEX}; only safetensors weights are read: save the model as such"
+        )
+    found: dict[str, _Stored] = {}
+    for path in (folder / shard for shard in shards):
         try:
-            with safetensors.safe_open(folder / shard, framework="np") as file:
-                names = list(file.keys())
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
         except (safetensors.SafetensorError, OSError) as problem:
-            raise errors.InputError(f"{folder / shard}: not a whole safetensors file ({problem})") from None
-        for name in names:
-            if weight_map is not None and weight_map.get(name) != shard:
-                raise errors.InputError(f"{folder / shard}: holds '{name}', which the index places elsewhere")
-            found[name] = folder / shard
-    missing = sorted(set(weight_map or found) - set(found))
+            raise errors.InputError(f"{path}: not a whole safetensors file ({_line(problem)}); copy it again") from None
+        for spelling in file.keys():  # noqa: SIM118 - not a dict
+            if weight_map is not None and weight_map.get(spelling) != path.name:
+                raise errors.InputError(f"{path}: holds '{spelling}', which {INDEX} places elsewhere; copy both again")
+            name = spelling.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            if name in found:
+                raise errors.InputError(f"{path}: holds '{name}' a second time; export the checkpoint again")
+            found[name] = _Stored(path, file, spelling)
+    missing = sorted(set(weight_map or ()) - {stored.name for stored in found.values()})
     if missing:
-        raise errors.InputError(f"{folder / INDEX}: tensor '{missing[0]}' is in none of the files")
+        raise errors.InputError(f"{index}: tensor '{missing[0]}' is in none of the files; copy the checkpoint again")
     return found
 
 
-def _ignorable(config: model.Config) -> set[str]:
-    # Some writers store the tied head a second time; it is never read.
-    return {"lm_head.weight"} if config.tie_word_embeddings else set()
+def _spread(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array on all devices of all processes, each of which holds the whole value."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
 def _at(tree: dict, path):
@@ -319,3 +311,7 @@ def _nested(flat: dict[tuple, jax.Array]) -> dict:
             at = at.setdefault(key, {})
         at[path[-1]] = value
     return tree
+
+
+def _line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

@@ -1,7 +1,8 @@
 """The numbers of an evaluation, by the same code for a live run and for its predictions file.
 
-    arrays of a live run ---> compare ----------> Outcomes ---> table | summarise | intervals
-    predictions file -------> from_predictions ------^
+    arrays ----------------------------------> compare ---> Outcomes ---> table | summarise | intervals
+    predictions of a live run ---> of_rows ------^
+    predictions file ------> from_predictions ---^
 
 Everything is counted on the host: integers, and float64 IoUs added up exactly (`math.fsum`). So order,
 padding, batch size and mesh cannot change a single bit.
@@ -9,7 +10,7 @@ padding, batch size and mesh cannot change a single bit.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,10 +107,32 @@ def intervals(
     }
 
 
-def from_predictions(path: str | Path, classes: Sequence[str] = vocabulary.CLASSES) -> Outcomes:
-    """The outcomes in a predictions file, one JSON object per question; stored scores are never read.
+def of_rows(rows: Sequence[Mapping], classes: Sequence[str] = vocabulary.CLASSES) -> Outcomes:
+    """The outcomes of predictions, one mapping per question.
 
-    Read keys: frame, question, answer, box (unit xyxy), pred_answer and pred_box (null where unreadable).
+    Keys: frame, question, answer, box (unit xyxy), pred_answer and pred_box (None where unreadable).
+    """
+    classes = tuple(classes)
+    gold_answer = [vocabulary.class_index(row["answer"], classes) for row in rows]
+    asked = [vocabulary.question_kind(row["question"])[0] for row in rows]
+    return compare(
+        pred_answer=[
+            -1 if row["pred_answer"] is None else vocabulary.class_index(row["pred_answer"], classes) for row in rows
+        ],
+        gold_answer=gold_answer,
+        pred_box=[row["pred_box"] or (0.0,) * 4 for row in rows],
+        box_ok=[row["pred_box"] is not None for row in rows],
+        gold_box=[row["box"] for row in rows],
+        kind=[
+            kind if kind >= 0 else vocabulary.class_kind(gold) for kind, gold in zip(asked, gold_answer, strict=True)
+        ],
+        frame=np.unique([row["frame"] for row in rows], return_inverse=True)[1],
+    )
+
+
+def from_predictions(path: str | Path, classes: Sequence[str] = vocabulary.CLASSES) -> Outcomes:
+    """`of_rows` of a predictions file, one JSON object per line; stored scores are never read.
+
     Raises InputError that names the file and line of the first bad one.
     """
     try:
@@ -120,16 +143,7 @@ def from_predictions(path: str | Path, classes: Sequence[str] = vocabulary.CLASS
     rows = [_row(line, where, tuple(classes)) for where, line in numbered]
     if not rows:
         raise InputError(f"{path}: holds no predictions; write them with an evaluation")
-    frame, kind, gold_answer, gold_box, pred_answer, pred_box = zip(*rows, strict=True)
-    return compare(
-        pred_answer=pred_answer,
-        gold_answer=gold_answer,
-        pred_box=[box or (0.0,) * 4 for box in pred_box],
-        box_ok=[box is not None for box in pred_box],
-        gold_box=gold_box,
-        kind=kind,
-        frame=np.unique(frame, return_inverse=True)[1],
-    )
+    return of_rows(rows, classes)
 
 
 def _metrics(outcomes: Outcomes) -> dict[str, float]:
@@ -173,8 +187,8 @@ def _f1(answer: np.ndarray, gold_answer: np.ndarray) -> tuple[np.ndarray, np.nda
     return 2 * hits / (in_gold + in_given), labels, in_gold > 0
 
 
-def _row(line: bytes, where: str, classes: tuple[str, ...]) -> tuple:
-    """(frame, kind, gold answer, gold box, predicted answer, predicted box) of one line."""
+def _row(line: bytes, where: str, classes: tuple[str, ...]) -> dict:
+    """The row of one line, with its boxes as floats, after checking all that `of_rows` reads."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -187,21 +201,13 @@ def _row(line: bytes, where: str, classes: tuple[str, ...]) -> tuple:
     for key in ("frame", "question", "answer", "pred_answer"):
         if not isinstance(row[key], str) and (key != "pred_answer" or row[key] is not None):
             raise InputError(f"{where}: '{key}' must be a string, found {_short(row[key])}")
-    gold_answer = vocabulary.class_index(row["answer"], classes)
-    if gold_answer < 0:
+    if vocabulary.class_index(row["answer"], classes) < 0:
         raise InputError(f"{where}: 'answer' {_short(row['answer'])} is none of the {len(classes)} classes")
-    gold_box = _box(row["box"], f"{where}: 'box'")
-    if not boxes.is_valid(np.array(gold_box), np):
+    box = _box(row["box"], f"{where}: 'box'")
+    if not boxes.is_valid(np.array(box), np):
         raise InputError(f"{where}: 'box' must have x0 < x1 and y0 < y1, found {_short(row['box'])}")
-    kind, _ = vocabulary.question_kind(row["question"])
-    return (
-        row["frame"],
-        kind if kind >= 0 else vocabulary.class_kind(gold_answer),
-        gold_answer,
-        gold_box,
-        -1 if row["pred_answer"] is None else vocabulary.class_index(row["pred_answer"], classes),
-        None if row["pred_box"] is None else _box(row["pred_box"], f"{where}: 'pred_box'"),
-    )
+    pred_box = None if row["pred_box"] is None else _box(row["pred_box"], f"{where}: 'pred_box'")
+    return row | {"box": box, "pred_box": pred_box}
 
 
 def _box(value: object, what: str) -> tuple[float, ...]:

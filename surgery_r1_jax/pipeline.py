@@ -1,23 +1,24 @@
 """Grain pipelines: frames on disk to batches, deterministic, sharded by process, restorable at any step.
 
 A row is a frame with some of its questions. Rows and all extents are planned once, from token counts, before
-anything is decoded; after that every batch has the same shape, so every program compiles once. Every process
-reads its own rows only.
+anything is decoded; after that every batch has the same shape, so every program compiles once. The stream of
+batches does not depend on how many processes share it out: each takes its part of every batch and reads no more.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from surgery_r1_jax import batch, config, errors, examples, grid, records
+from surgery_r1_jax import answer, batch, config, errors, examples, grid, records, vocabulary
 from surgery_r1_jax.batch import FrameBatch, Gold, Shape
-from surgery_r1_jax.examples import Encoder
-from surgery_r1_jax.records import Frame
+from surgery_r1_jax.examples import Branch, Encoder
+from surgery_r1_jax.records import Box, Frame, Record
 
 
 class Config(config.Config):
@@ -37,12 +38,20 @@ class Targets(config.Config):
     """What SFT teaches of a record."""
 
     reasoning: float = Field(1.0, ge=0, le=1, description="share of answers with their reasoning in front")
+    answer_only: float = Field(0.0, ge=0, le=1, description="share of questions that want no box: visual QA")
+    box_only: float = Field(0.0, ge=0, le=1, description="share of questions that want only the box: grounding QA")
     box_slack: float = Field(
         0.0,
         ge=0,
         le=1,
         description="push each side of a box outwards by up to this share of its size (coarse labels)",
     )
+
+    @model_validator(mode="after")
+    def _shares_fit(self):
+        if self.answer_only + self.box_only > 1:
+            raise ValueError(f"answer_only {self.answer_only} and box_only {self.box_only} are more than 1 together")
+        return self
 
 
 class Row(NamedTuple):
@@ -103,7 +112,10 @@ def training(
 ) -> tuple[grain.IterDataset, Shape]:
     """An endless shuffled stream of training batches (this process's frames of each) and their shape."""
     rows = plan_rows(frames, settings.questions, seed)
-    branches = {row: [_branch(frames, encoder, targets, seed, row.frame, i) for i in row.records] for row in rows}
+    branches = {
+        row: [_branch(frames[row.frame], encoder, targets, seed, row.frame, index) for index in row.records]
+        for row in rows
+    }
     longest = max(len(b) for group in branches.values() for b in group)
     lane_tokens = round_up(longest, 8)
     windows, prefix = plan_prefix(encoder, frames)
@@ -114,8 +126,11 @@ def training(
         lane_tokens=lane_tokens,
         scored=round_up(max(sum(len(b.completion) for b in group) for group in branches.values()), 8),
     )
-    make = lambda row: encoder.training(frames[row.frame], branches[row], shape)  # noqa: E731
-    return _stream(rows, make, settings, seed, shard), shape
+
+    def example(row: Row) -> FrameBatch:
+        return encoder.training(frames[row.frame], branches[row], shape)
+
+    return _stream(rows, example, settings, seed, shard), shape
 
 
 def rollouts(
@@ -124,8 +139,7 @@ def rollouts(
     """An endless shuffled stream of `(prompts, gold)` batches and their shape."""
     rows = plan_rows(frames, settings.questions, seed)
     shape = prompt_shape(frames, encoder, rows)
-    make = lambda row: encoder.prompts(frames[row.frame], row.frame, row.records, shape)  # noqa: E731
-    return _stream(rows, make, settings, seed, shard), shape
+    return _stream(rows, _asking(frames, encoder, shape), settings, seed, shard), shape
 
 
 def once(
@@ -134,21 +148,12 @@ def once(
     """Every question of every frame exactly once, in order, the last batch padded; and the number of batches."""
     rows = plan_rows(frames, settings.questions)
     shape = prompt_shape(frames, encoder, rows)
-    batches = -(-len(rows) // settings.frames)
-    local = _local(settings.frames, shard)
-    mine = [rows[b * settings.frames + shard.index * local :][:local] for b in range(batches)]
-    # A batch may end before this process's part of it begins.
-    mine = [part if b * settings.frames + shard.index * local < len(rows) else [] for b, part in enumerate(mine)]
-    filler_prompts, _ = encoder.prompts(frames[0], 0, (), shape)
-    filler = (batch.padding_like(filler_prompts), batch.padding_gold(shape.lanes))
-
-    def make(part):
-        made = [encoder.prompts(frames[row.frame], row.frame, row.records, shape) for row in part]
-        return batch.stack(made + [filler] * (local - len(made)))
-
-    source = grain.MapDataset.source(mine).map(make)
-    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
-    return iter(source.to_iter_dataset(options)), batches
+    batches = [rows[at : at + settings.frames] for at in range(0, len(rows), settings.frames)]
+    prompts, _ = encoder.prompts(frames[0], 0, (), shape)
+    filler = batch.padding_like(prompts), batch.padding_gold(shape.lanes)
+    source = grain.MapDataset.source(batches)
+    stream = _batches(source, _asking(frames, encoder, shape), settings, shard, filler)
+    return iter(stream), len(batches)
 
 
 def prompt_shape(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row]) -> Shape:
@@ -159,18 +164,20 @@ def prompt_shape(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row])
     return Shape(windows=windows, prefix=prefix, lanes=lanes, lane_tokens=round_up(longest, 8), scored=0)
 
 
-def fingerprint(frames: Sequence[Frame]) -> str:
-    """A hash of all labels and image bytes: a run is not resumed on other data."""
-    digest = hashlib.sha256()
+def fingerprint(frames: Sequence[Frame], *plan: object) -> str:
+    """A hash of all labels and image bytes: a run is not resumed on other data.
+
+    `plan` is what else decides the order, such as the configuration and the seed; it is hashed as it prints.
+    """
+    digest = hashlib.sha256(repr(plan).encode())
     for frame in frames:
-        digest.update(f"{frame.id} {frame.width} {frame.height}\n".encode())
-        for record in frame.records:
-            digest.update(f"{record.question}|{record.answer}|{record.box}|{record.think}\n".encode())
+        labels = [(record.question, record.answer, record.box, record.think) for record in frame.records]
+        digest.update(json.dumps([frame.id, frame.width, frame.height, labels]).encode())
         digest.update(hashlib.sha256(Path(frame.image).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def coarse(box, slack: float, rng: np.random.Generator):
+def coarse(box: Box, slack: float, rng: np.random.Generator) -> Box:
     """A box whose sides are pushed outwards by up to `slack` of its size, inside the frame."""
     x0, y0, x1, y1 = box
     w, h = x1 - x0, y1 - y0
@@ -178,34 +185,55 @@ def coarse(box, slack: float, rng: np.random.Generator):
     return max(0.0, x0 - a * w), max(0.0, y0 - b * h), min(1.0, x1 + c * w), min(1.0, y1 + d * h)
 
 
-def _branch(frames, encoder: Encoder, targets: Targets, seed: int, number: int, index: int):
-    frame, record = frames[number], frames[number].records[index]
-    # One coarse box for a tool, whichever of its questions is asked.
-    tool_seed = sum(f"{record.tool}".encode())
-    box = coarse(record.box, targets.box_slack, np.random.default_rng([seed, number, tool_seed]))
-    think = np.random.default_rng([seed, number, index]).random() < targets.reasoning
-    return encoder.branch(frame, record, box=box, think=bool(think))
+def _branch(frame: Frame, encoder: Encoder, targets: Targets, seed: int, number: int, index: int) -> Branch:
+    record = frame.records[index]
+    # One coarse box for an instrument, whichever of its questions is asked.
+    name = (_instrument(record) or "").encode()
+    box = coarse(record.box, targets.box_slack, np.random.default_rng([seed, number, *name]))
+    random = np.random.default_rng([seed, number, index])
+    think = random.random() < targets.reasoning
+    alone = (targets.answer_only, targets.box_only)
+    want = random.choice(len(answer.WANT), p=(*alone, 1 - sum(alone)))
+    return encoder.branch(frame, record, box=box, think=bool(think), want=int(want))
 
 
-def _stream(rows, make, settings: Config, seed: int, shard: Shard) -> grain.IterDataset:
-    local = _local(settings.frames, shard)
+def _instrument(record: Record) -> str | None:
+    return record.answer if record.kind == vocabulary.TOOL else record.tool
+
+
+def _asking(frames: Sequence[Frame], encoder: Encoder, shape: Shape) -> Callable[[Row], tuple[FrameBatch, Gold]]:
+    return lambda row: encoder.prompts(frames[row.frame], row.frame, row.records, shape)
+
+
+def _stream(rows: list[Row], example: Callable, settings: Config, seed: int, shard: Shard) -> grain.IterDataset:
+    """Batches without end: every epoch has every row once, in an order of its own; a batch may lie in two epochs."""
     if len(rows) < settings.frames:
         raise errors.InputError(
             f"{settings.root}: {len(rows)} rows of frames do not fill a batch of {settings.frames}; lower data.frames"
         )
-    source = grain.MapDataset.source(rows).seed(seed).shuffle()[shard.index :: shard.count]
-    source = source.repeat().map(make).batch(local, batch_fn=batch.stack)
-    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
-    stream = source.to_iter_dataset(options)
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    stream = _batches(order.batch(settings.frames, batch_fn=list), example, settings, shard)
     if settings.workers:
         from absl import flags
 
-        flags.FLAGS.mark_as_parsed()
+        flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
     return stream
 
 
-def _local(frames: int, shard: Shard) -> int:
-    if frames % shard.count:
-        raise errors.InputError(f"a batch of {frames} frames cannot be shared out over {shard.count} processes")
-    return frames // shard.count
+def _batches(
+    lists: grain.MapDataset, example: Callable, settings: Config, shard: Shard, filler: tuple = ()
+) -> grain.IterDataset:
+    """Lists of rows to this process's part of the batches that they make, filled up to the same size."""
+    if settings.frames % shard.count:
+        raise errors.InputError(
+            f"data.frames {settings.frames} cannot be shared out over {shard.count} processes; take a multiple of them"
+        )
+    local = settings.frames // shard.count
+
+    def make(rows: list[Row]):
+        made = [example(row) for row in rows[shard.index * local :][:local]]
+        return batch.stack(made + [filler] * (local - len(made)))
+
+    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
+    return lists.map(make).to_iter_dataset(options)

@@ -14,7 +14,6 @@ ASPECT = 1.25  # width / height of EndoVis-18, 1280 / 1024
 CANVAS = np.array([ASPECT, 1.0])
 
 Point = tuple[float, float]
-Box = tuple[float, float, float, float]
 
 # EndoVis-18-VQLA, the 1,560 training frames: objects of mobarakol/tool_detection (dataset/processed/json) joined to the
 # answers of longbai1006/Surgical-VQLA (dataset/bertvocab/v2/consolidate0.txt). In how many frames exactly this set of

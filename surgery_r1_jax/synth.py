@@ -26,6 +26,7 @@ from surgery_r1_jax.scene import Scene
 SEQUENCES = tuple(f"seq_{n}" for n in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15, 16))
 RULE = LocationRule("organ", "larger_y")  # that of EndoVis-18-VQLA
 SMALLEST, LARGEST = 56, 4096  # sides of a picture, in pixels
+RUN_LENGTH = 3  # zlib's Z_RLE: for these pictures smaller files than its default, and a third of the time
 
 
 def frame_name(number: int, sequences: Sequence[str] = SEQUENCES) -> str:
@@ -120,7 +121,7 @@ def _write_frame(
     sequence, stem = name.split("/")
     scene = scene_of(seed, number, max_tools=max_tools, balance=balance)
     picture, boxes = draw(scene, size)
-    picture.save(root / sequence / "left_frames" / f"{stem}.png", compress_level=1)
+    picture.save(root / sequence / "left_frames" / f"{stem}.png", compress_type=RUN_LENGTH)
     text = "".join(f"{line}\n" for line in labels(scene, boxes, size))
     (root / sequence / "vqla" / "label" / f"{stem}_QA.txt").write_text(text, "ascii", newline="\n")
 

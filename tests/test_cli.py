@@ -1,6 +1,8 @@
 """The command line answers at once, refuses mistakes with the right name, and ends with the promised statuses."""
 
 import errno
+import importlib
+import inspect
 import os
 import shlex
 import subprocess
@@ -15,32 +17,34 @@ import surgery_r1_jax
 from surgery_r1_jax import cli
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
+TARGETS = {  # what the handlers call, and an answer of the right kind
+    "demo.start": 0,
+    "synth.write": ["seq_1/frame000"],
+    "check.main": 0,
+    "sft.start": 0,
+    "grpo.start": 0,
+    "evaluate.run": 0,
+    "checkpoint.export": Path("h"),
+    "ask.run": 0,
+    "doctor.run": 0,
+    "report.run": 0,
+}
 TRAINING = ["--config", "c.yaml", "--out", "runs/x"]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for every module that a handler imports; the calls they received."""
+    """Stands in for every function that a handler calls; the calls they received."""
     received = []
-    for name, functions in {
-        "demo": ["run"],
-        "synth": ["write"],
-        "check": ["main"],
-        "sft": ["run"],
-        "grpo": ["run"],
-        "evaluate": ["run"],
-        "hf": ["export"],
-        "ask": ["run"],
-        "doctor": ["run"],
-        "report": ["run"],
-    }.items():
+    for target, answer in TARGETS.items():
+        name, function = target.split(".")
         module = types.ModuleType(f"surgery_r1_jax.{name}")
-        for function in functions:
 
-            def record(*args, _name=f"{name}.{function}", **options):
-                received.append((_name, args, options))
+        def record(*args, _target=target, _answer=answer, **options):
+            received.append((_target, args, options))
+            return _answer
 
-            setattr(module, function, record)
+        setattr(module, function, record)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(surgery_r1_jax, name, module, raising=False)
     monkeypatch.setattr(cli, "start_devices", lambda: received.append("start_devices"))
@@ -49,15 +53,20 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def sft_raises(calls, monkeypatch):
-    """Makes `sft.run` raise."""
+    """Makes `sft.start` raise."""
 
     def arrange(error):
-        def run(*_, **__):
+        def start(*_, **__):
             raise error
 
-        monkeypatch.setattr(sys.modules["surgery_r1_jax.sft"], "run", run)
+        monkeypatch.setattr(sys.modules["surgery_r1_jax.sft"], "start", start)
 
     return arrange
+
+
+def example_of(name):
+    """The words of the example in a command's help."""
+    return shlex.split(cli.commands()[name].epilog.splitlines()[1])[1:]
 
 
 def refusal(capsys, *argv, status=2):
@@ -71,8 +80,8 @@ def refusal(capsys, *argv, status=2):
 @pytest.mark.parametrize(
     ("argv", "name", "args", "options"),
     [
-        ("demo --out d", "demo.run", (Path("d"),), {"smoke": False, "seed": 0}),
-        ("demo --out d --smoke --seed 7", "demo.run", (Path("d"),), {"smoke": True, "seed": 7}),
+        ("demo --out d", "demo.start", (Path("d"),), {"smoke": False, "seed": 0}),
+        ("demo --out d --smoke --seed 7", "demo.start", (Path("d"),), {"smoke": True, "seed": 7}),
         (
             "data synth d --frames 5 --seed 2 --size 64x48 --max-tools 2 --balance .5 --jobs 3",
             "synth.write",
@@ -88,16 +97,16 @@ def refusal(capsys, *argv, status=2):
         ("data check d", "check.main", (Path("d"),), {"strict": False, "json_path": None}),
         ("data check d --strict --json f", "check.main", (Path("d"),), {"strict": True, "json_path": Path("f")}),
         (
-            "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-reasoning",
+            "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
             (Path("k"), Path("d"), "dev", Path("f.json")),
-            {"batch_frames": 8, "max_completion": 9, "reasoning": False},
+            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False},
         ),
-        ("export k h", "hf.export", (Path("k"), Path("h")), {}),
+        ("export k h", "checkpoint.export", (Path("k"), Path("h")), {"dtype": "float32", "which": "best"}),
         ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
         ("doctor --config c --a.b=3", "doctor.run", (Path("c"), ["--a.b=3"]), {}),
-        ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {}),
+        ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],
 )
 def test_every_command_calls_its_module(calls, argv, name, args, options):
@@ -107,12 +116,24 @@ def test_every_command_calls_its_module(calls, argv, name, args, options):
     assert calls[:-1] == (["start_devices"] if needs_devices else [])
 
 
+@pytest.mark.parametrize("name", list(cli.commands()))
+def test_every_call_fits_the_function_it_is_made_for(calls, request, name):
+    assert cli.main(example_of(name)) == 0
+    target, args, options = calls[-1]
+    module, function = target.split(".")
+    request.getfixturevalue("monkeypatch").undo()
+    if not (Path(surgery_r1_jax.__file__).parent / f"{module}.py").exists():
+        pytest.skip(f"surgery_r1_jax.{module} is not written yet")
+    real = getattr(importlib.import_module(f"surgery_r1_jax.{module}"), function)
+    inspect.signature(real).bind(*args, **options)
+
+
 @pytest.mark.parametrize("program", ["sft", "grpo"])
 def test_training_takes_overrides_anywhere(calls, program):
     argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--q=[1, 2]"]
     assert cli.main(argv) == 0
     options = {"resume": True, "overrides": ["--a.b=c", "--seed=3", "--q=[1, 2]"]}
-    assert calls[-1] == (f"{program}.run", (Path("c.yaml"), Path("runs/x")), options)
+    assert calls[-1] == (f"{program}.start", (Path("c.yaml"), Path("runs/x")), options)
     assert cli.main([program, *TRAINING]) == 0
     assert calls[-1][2] == {"resume": False, "overrides": []}
 
@@ -128,7 +149,7 @@ def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls,
     for i in range(len(word)):
         wrong = [*group, word[:i] + word[i] + word[i:]]
         assert f"unknown command '{' '.join(wrong)}'; did you mean '{name}'?" in refusal(capsys, *wrong, "x")
-    flags = [flag for flag in cli.commands()[name].flags if flag not in ("--help", "--no-reasoning")]
+    flags = [flag for flag in cli.commands()[name].flags if flag not in ("--help", "--no-blank")]
     for flag in flags:
         for i in range(3, len(flag)):
             wrong = flag[:i] + flag[i] + flag[i:]
@@ -186,8 +207,7 @@ def test_every_command_has_help_with_an_example_and_the_defaults(capsys, name):
 
 @pytest.mark.parametrize("name", list(cli.commands()))
 def test_the_example_of_every_command_is_valid(calls, name):
-    example = cli.commands()[name].epilog.splitlines()[1].split(maxsplit=1)[1]
-    assert cli.main(shlex.split(example)) == 0
+    assert cli.main(example_of(name)) == 0
     assert len([call for call in calls if call != "start_devices"]) == 1
 
 

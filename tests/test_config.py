@@ -256,6 +256,19 @@ def test_several_mistakes_are_listed_in_the_order_of_the_file_and_capped():
     assert many[-1] == "run.yaml: and 10 more problems"
 
 
+def test_a_misspelt_key_is_not_also_reported_as_missing():
+    class Needy(config.Config):
+        model: Path
+        seed: int
+
+    with pytest.raises(InputError) as caught:
+        config.parse(Needy, "modle: x", "run.yaml")
+    assert str(caught.value).splitlines() == [
+        "run.yaml: missing key 'seed', which has no default",
+        "run.yaml:1: unknown key 'modle'; did you mean 'model'?",
+    ]
+
+
 def test_numbers_are_read_as_people_write_them():
     run = config.parse(Run, "optim: {learning_rate: 1e-5, betas: [.9, 1.]}\nname: yes\nkl: 1", "run.yaml")
     assert run.optim == Optim(learning_rate=1e-5, betas=(0.9, 1.0))

@@ -1,8 +1,10 @@
-"""A toy data set and a toy start model on disk, and configurations of short runs on them."""
+"""A toy data set and a toy start model on disk, small enough for tests of whole runs."""
 
-import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-from surgery_r1_jax import evaluate, hf, model, pipeline, run, synth, tiny
+from surgery_r1_jax import hf, model, synth, tiny
 
 SIZES = tiny.Sizes(
     hidden=32,
@@ -20,14 +22,23 @@ SIZES = tiny.Sizes(
 )
 
 
-def write_data(root, frames=8, sequences=("seq_2", "seq_15")):
-    """Frames in the EndoVis layout, one instrument each; seq_2 trains, seq_15 is the dev split."""
+def params(config, seed=0, spread=0.1):
+    """Parameters with nothing at its neutral value, drawn by NumPy: nothing to compile."""
+    rng, flat = np.random.default_rng(seed), {}
+    for path, variable in nnx.to_flat_state(model.build(config)[1]):
+        noise = spread * rng.standard_normal(variable.get_value().shape, np.float32)
+        flat[path] = jnp.asarray(noise + (path[-1] == "scale"))
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def write_data(root, frames=8, sequences=("seq_2", "seq_6")):
+    """Frames in the EndoVis layout, one instrument each; seq_2 trains, seq_6 is the dev split."""
     synth.write(root, frames=frames, seed=3, size=(112, 84), max_tools=1, sequences=sequences)
     return root
 
 
-def write_model(folder, seed=0, sizes=SIZES):
-    """A whole Hugging Face folder with freshly drawn weights."""
+def write_model(folder, seed=0, sizes=SIZES, spread=0.05):
+    """A whole Hugging Face folder with random weights."""
     bare = tiny.write_folder(folder.with_name(folder.name + "_bare"), sizes)
     settings = hf.read_config(bare)
-    return hf.write_folder(folder, model.init(settings, seed), settings, bare)
+    return hf.write_folder(folder, params(settings, seed, spread), settings, bare)

@@ -1,0 +1,276 @@
+"""What a run would be, before it takes any accelerator time: sizes, token lengths, shapes, memory, and what is amiss.
+
+Reads the configuration, the labels, config.json, tokenizer and preprocessor; of images only those of the first
+batch; no weights. Labels and images are checked one by one by `data check`.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from surgery_r1_jax import (
+    answer,
+    boxes,
+    config,
+    errors,
+    evaluate,
+    grpo,
+    hf,
+    labels,
+    memory,
+    model,
+    pipeline,
+    records,
+    run,
+    sft,
+    sharding,
+)
+from surgery_r1_jax.examples import Encoder
+from surgery_r1_jax.records import Frame
+
+SMALL = 50_000_000  # parameters up to which the step is compiled to know its memory
+CLOSE = 0.99  # mean IoU of true boxes with themselves, written and read back
+
+
+class Lengths(NamedTuple):
+    """Longest token sequences of a data set, and how its answers come back when a perfect model writes them."""
+
+    prefix: int
+    prompt: int
+    completion: int  # with reasoning and the stop token
+    lost: int  # answers or boxes that are not read back
+    miou: float
+
+
+def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
+    """The `doctor` command. Raises InputError that lists all that would stop the run."""
+    settings = load(config_path, overrides)
+    kind = "GRPO" if isinstance(settings, grpo.Config) else "SFT"
+    print(f"{config_path}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
+    folder = Path(settings.model) / "model" if (Path(settings.model) / "model").is_dir() else Path(settings.model)
+    _require(folder, Path(settings.data.root))
+    architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
+    encoder = evaluate.encoder_of(folder, architecture)
+
+    _section("model", settings.model, _model_rows(architecture, settings))
+    frames, (dev, _) = pipeline.read(settings.data), run.dev_frames(settings.data, settings.evaluation)
+    _section("data", settings.data.root, _data_rows(settings, frames, dev))
+    lengths = measure(frames, encoder)
+    first = first_batch(settings, frames, encoder)
+    job = memory.Job(settings, architecture, mesh, first)
+    stopping = list(problems(job))
+    _section("tokens", "longest of the training frames", _token_rows(frames, encoder, lengths, job))
+    _section("shapes", "of a batch on all devices", _shape_rows(job))
+    _section("padding", "of the first batch", _padding_rows(first))
+    _section("boxes", "written and read back", [("mean IoU", f"{lengths.miou:.4f}"), ("lost", f"{lengths.lost}")])
+    small = sum(leaf.size for leaf in jax.tree.leaves(job.params)) < SMALL
+    exact = small and isinstance(mesh, Mesh) and not stopping
+    needed = memory.compiled(job) if exact else memory.estimated(job)
+    how = "the compiled step" if exact else "estimated, within a factor of two"
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    _section("memory", f"of a device, mesh {axes}, {how}", _memory_rows(needed))
+    for line in warnings(job, lengths, folder, encoder, needed):
+        print(f"warning: {line}")
+    if stopping:
+        raise errors.InputError("\n".join(f"{config_path}: {line}" for line in stopping))
+    return 0
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> sft.Config | grpo.Config:
+    """The configuration as that of the program whose keys it has. Raises InputError with the fewer mistakes."""
+    refusals = []
+    for program in (grpo, sft):
+        try:
+            return config.load(program.Config, path, overrides)
+        except errors.InputError as refusal:
+            refusals.append(refusal)
+    raise min(refusals, key=lambda refusal: len(str(refusal).splitlines())) from None
+
+
+def mesh_of(shape: Sequence[int]) -> Mesh | AbstractMesh:
+    """The mesh on this machine's devices, or an abstract one where it wants another number of them."""
+    if -1 in shape or math.prod(shape) == jax.device_count():
+        return sharding.make_mesh(shape)
+    return AbstractMesh(tuple(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def measure(frames: Sequence[Frame], encoder: Encoder) -> Lengths:
+    """Write every true answer as a perfect model would, token by token, and read it back."""
+    prompts, completions, ious, lost = [], [], [], 0
+    for frame in frames:
+        resized = encoder.preprocessor.resized(frame.width, frame.height)
+        for record in frame.records:
+            branch = encoder.branch(frame, record, think=True)
+            prompts.append(len(branch.prompt))
+            completions.append(len(branch.completion))
+            parsed = answer.parse(encoder.chat.decode(branch.completion))
+            if parsed.reason is not answer.Reason.OK:
+                lost += 1
+                continue
+            read = encoder.codec.decode(parsed.box, *resized)
+            ious.append(float(boxes.iou(np.asarray(read), np.asarray(record.box), xp=np)))
+    prefix = max(len(encoder.prefix_ids([grid])) for grid in {encoder.patch_grid(frame) for frame in frames})
+    return Lengths(prefix, max(prompts), max(completions), lost, float(np.mean(ious or [0.0])))
+
+
+def first_batch(settings: sft.Config | grpo.Config, frames: Sequence[Frame], encoder: Encoder):
+    """The first batch of the run, of all processes: its true shape and padding."""
+    data = settings.data.model_copy(update=dict(threads=1, workers=0))
+    if isinstance(settings, grpo.Config):
+        stream, _ = pipeline.rollouts(frames, encoder, data, seed=settings.seed)
+        return next(iter(stream))[0]
+    stream, _ = pipeline.training(frames, encoder, data, settings.targets, seed=settings.seed)
+    return next(iter(stream))
+
+
+def problems(job: memory.Job) -> Iterator[str]:
+    """What would stop the run."""
+    settings, devices = job.settings, job.frame_axes
+    for key, frames in (("data.frames", settings.data.frames), ("evaluation.frames", settings.evaluation.frames)):
+        if frames % devices:
+            yield f"{key} {frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
+    if settings.data.frames % job.parts:
+        yield f"data.frames {settings.data.frames} does not divide into {job.parts} parts; change accumulate"
+
+
+def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
+    """What would not stop the run but spoil or slow it."""
+    settings, architecture, shape, devices = job.settings, job.architecture, job.shape, job.frame_axes
+    written = json.loads((folder / "config.json").read_text())
+    most = written.get("max_position_embeddings") or written.get("text_config", {}).get("max_position_embeddings")
+    if most and lengths.prefix + shape.lane_tokens > most:
+        yield (
+            f"prefix and lane are {lengths.prefix} + {shape.lane_tokens} tokens, the model was made for {most}; "
+            "lower max_pixels in preprocessor_config.json"
+        )
+    if settings.data.frames % (job.parts * devices) and not settings.data.frames % job.parts:
+        yield f"a part of a batch has {settings.data.frames // job.parts} frames for {devices} devices; some will idle"
+    if isinstance(job.mesh, AbstractMesh):
+        yield f"the mesh is for {job.mesh.size} devices, here are {jax.device_count()}"
+    tensor = job.mesh.shape["tensor"]
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(architecture.text, key) % tensor:
+            yield f"{key} {getattr(architecture.text, key)} does not divide by tensor {tensor}: a copy on each device"
+    asked = {"evaluation.max_tokens": settings.evaluation.max_tokens}
+    if isinstance(settings, grpo.Config):
+        asked["sampler.max_tokens"] = settings.sampler.max_tokens
+    for key, tokens in asked.items():
+        if tokens < lengths.completion:
+            yield f"{key} {tokens} cuts the longest true answer with reasoning, {lengths.completion} tokens"
+    if lengths.lost:
+        yield f"{lengths.lost} true answers are not read back from what the tokenizer makes of them"
+    if lengths.miou < CLOSE:
+        yield f"true boxes come back with a mean IoU of {lengths.miou:.3f}: the model sees too few pixels; see max_pixels"
+    if architecture.image_token_id != encoder.chat.image_id:
+        yield (
+            f"config.json has image_token_id {architecture.image_token_id}, the tokenizer {encoder.chat.image_id}; "
+            "take both from one checkpoint"
+        )
+    if not any(settings.optimizer.rates.model_dump().values()):
+        yield "optimizer.rates are all 0: nothing is trained"
+    if not any(folder.glob("*.safetensors")) and folder == Path(settings.model):
+        yield f"{folder} has no safetensors weights yet"
+    for device in jax.devices()[:1]:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit and needed.peak > limit:
+            yield f"{_gib(needed.peak)} are needed, {_gib(limit)} are there: more devices, smaller batches, or remat"
+
+
+def _require(folder: Path, root: Path) -> None:
+    """Refuse missing folders and files, all of them at once."""
+    files = [folder / name for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")]
+    lines = [f"{file}: missing; give a Hugging Face folder of a Qwen2.5-VL model" for file in files if not file.is_file()]
+    if not root.is_dir():
+        lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
+    if lines:
+        raise errors.InputError("\n".join(map(labels.printable, lines)))
+
+
+def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
+    """Parameters of each part and the rate it learns with."""
+    sizes: Counter = Counter()
+    for path, variable in nnx.to_flat_state(model.build(architecture)[1]):
+        sizes[model.part_of(path)] += math.prod(variable.get_value().shape)
+    rates = settings.optimizer.rates
+    rows = [
+        (part, f"{sizes[part]:>14,} parameters, rate {getattr(rates, part) * settings.optimizer.learning_rate:g}")
+        for part in model.PARTS
+    ]
+    return [*rows, ("all", f"{sizes.total():>14,} parameters, computed in {settings.compute.dtype}")]
+
+
+def _data_rows(settings, frames: Sequence[Frame], dev: Sequence[Frame]) -> list[tuple[str, str]]:
+    """Frames and questions of each split, and what the run takes of them."""
+    splits: dict[str, list[Frame]] = {}
+    for frame in records.read(settings.data.root, strict=settings.data.strict):
+        splits.setdefault(records.split_of(frame.sequence), []).append(frame)
+    rows = [(name, _counted(splits[name])) for name in ("train", "dev", "val", "external") if name in splits]
+    rows.append(("trained on", f"{settings.data.split}: {_counted(frames)}"))
+    rows.append(("chosen by", f"{settings.evaluation.split}: {_counted(dev)}"))
+    batches = len(pipeline.plan_rows(frames, settings.data.questions)) / settings.data.frames
+    return [*rows, ("passes", f"{settings.schedule.steps / batches:.1f} of {batches:.1f} steps each")]
+
+
+def _counted(frames: Sequence[Frame]) -> str:
+    return f"{len(frames):,} frames, {sum(len(frame.records) for frame in frames):,} questions"
+
+
+def _token_rows(frames, encoder: Encoder, lengths: Lengths, job: memory.Job) -> list[tuple[str, str]]:
+    sizes = {encoder.preprocessor.resized(frame.width, frame.height) for frame in frames}
+    width, height = max(sizes, key=math.prod)
+    unit = (encoder.preprocessor.patch_size * encoder.preprocessor.merge_size) ** 2
+    rows = [
+        ("image", f"{width * height // unit:,} at {width} x {height} pixels"),
+        ("prefix", f"{lengths.prefix:,}"),
+        ("prompt", f"{lengths.prompt:,}"),
+        ("completion", f"{lengths.completion:,} true, with reasoning"),
+    ]
+    if job.samples:
+        rows.append(("", f"{job.settings.sampler.max_tokens:,} at most when drawn"))
+    return rows
+
+
+def _shape_rows(job: memory.Job) -> list[tuple[str, str]]:
+    shape, frames = job.shape, job.settings.data.frames
+    values = job.batch.patches_BWSC.shape[-1]
+    rows = [
+        ("patches", (frames, shape.windows, job.architecture.vision.slots, values)),
+        ("prefix", (frames, shape.prefix)),
+        ("lanes", (frames, shape.lanes, shape.lane_tokens)),
+        ("scored", (frames, shape.scored)),
+    ]
+    parts = [("parts", f"{job.parts}, one after the other")] if job.parts > 1 else []
+    return [(name, " x ".join(f"{n:,}" for n in extents)) for name, extents in rows] + parts
+
+
+def _padding_rows(batch) -> list[tuple[str, str]]:
+    filled = {
+        "patches": batch.patch_image_BWS > 0,
+        "prefix": batch.prefix_mask_BP,
+        "lanes": batch.branch_segment_BJT > 0,
+        "scored": batch.score_weight_BL > 0,
+    }
+    return [(name, f"{1 - np.mean(used):.1%}") for name, used in filled.items() if used.size]
+
+
+def _memory_rows(needed: memory.Bytes) -> list[tuple[str, str]]:
+    rows = [(name, getattr(needed, name)) for name in memory.Bytes._fields if name != "how"]
+    return [(name, _gib(size)) for name, size in rows if size] + [("at most", _gib(needed.peak))]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _section(title: str, about: str, rows: Sequence[tuple[str, str]]) -> None:
+    print(f"\n{title}: {labels.printable(str(about))}")
+    for name, value in rows:
+        print(f"  {name:<12}{value}")

@@ -1,0 +1,276 @@
+"""The doctor tells what a run would be, for the real configurations too, and what would stop or spoil it."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+import toy
+from flax import nnx
+
+from surgery_r1_jax import config, doctor, grpo, hf, images, memory, model, pipeline, run, sft, synth, tiny
+from surgery_r1_jax.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# Source: config.json of the model cards Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct.
+PUBLISHED = {
+    "3b": dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
+}
+# Total sizes that the safetensors indices of the two cards give, in parameters.
+PARAMETERS = {"3b": 3_754_622_976, "7b": 8_292_166_656}
+
+
+def published(size, image_token_id):
+    tower = dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        in_chans=3,
+        out_hidden_size=PUBLISHED[size]["hidden_size"],
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        tokens_per_second=2,
+    )
+    return PUBLISHED[size] | dict(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        model_type="qwen2_5_vl",
+        image_token_id=image_token_id,
+        max_position_embeddings=128000,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        use_sliding_window=False,
+        vision_config=tower,
+    )
+
+
+@pytest.fixture(scope="module")
+def real_folder(tmp_path_factory):
+    """A function giving a folder of a published size: its config.json and pixel bounds, the tiny tokenizer."""
+
+    def get(size):
+        folder = tiny.write_folder(tmp_path_factory.mktemp(size))
+        image_token_id = json.loads((folder / "config.json").read_text())["image_token_id"]
+        (folder / "config.json").write_text(json.dumps(published(size, image_token_id)))
+        images.Preprocessor(14, 2, 2, 4 * 28 * 28, 16384 * 28 * 28, tiny.MEAN, tiny.STD).to_folder(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def endoscopy(tmp_path_factory):
+    """Frames of EndoVis size in its layout; seq_6 is the dev split."""
+    root = tmp_path_factory.mktemp("endoscopy") / "data"
+    synth.write(root, frames=20, seed=1, size=(1280, 1024), sequences=("seq_2", "seq_3", "seq_4", "seq_7", "seq_6"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A toy model and toy data."""
+    home = tmp_path_factory.mktemp("toys")
+    return toy.write_model(home / "model"), toy.write_data(home / "data", frames=20)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def toy_settings(tmp_path, toys, more=""):
+    folder, data = toys
+    text = f"model: {folder}\ndata:\n  root: {data}\n  frames: 8\n  questions: 3\nevaluation:\n  frames: 8\n{more}"
+    return write(tmp_path / "run.yaml", text)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_the_published_sizes_have_the_published_numbers_of_parameters(real_folder, size):
+    _, abstract = model.build(hf.read_config(real_folder(size)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(abstract))) == PARAMETERS[size]
+
+
+@pytest.mark.parametrize("name", ["sft_3b", "sft_7b", "grpo_3b", "grpo_7b"])
+def test_the_real_configurations_pass(real_folder, endoscopy, capsys, name):
+    size = name.removeprefix("sft_").removeprefix("grpo_")
+    folder = real_folder(size)
+    overrides = [f"--model={folder}", f"--data.root={endoscopy}"]
+    assert doctor.start(CONFIGS / f"{name}.yaml", overrides) == 0
+    printed = capsys.readouterr().out
+    print(printed)
+    words = printed.split()
+    assert f"{PARAMETERS[size]:,}" in words
+    assert "1,702 at 1288 x 1036 pixels" in printed  # 46 x 37 units of 28 pixels
+    assert "estimated, within a factor of two" in printed
+    warned = [line for line in printed.splitlines() if line.startswith("warning")]
+    assert warned == [f"warning: {folder} has no safetensors weights yet"]
+    if name.startswith("grpo"):
+        assert "16 x 1,704 x" not in printed
+        assert "reference" in words
+
+
+def test_missing_model_and_data_are_both_named(capsys):
+    with pytest.raises(InputError) as refusal:
+        doctor.start(CONFIGS / "sft_3b.yaml")
+    lines = str(refusal.value).splitlines()
+    assert lines[0].startswith("checkpoints/Qwen2.5-VL-3B-Instruct/config.json: missing")
+    assert lines[-1].startswith("data/EndoVis-18-VQLA: no such folder")
+
+
+def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(tmp_path):
+    both = "model: m\ndata: {root: d}\n"
+    assert isinstance(doctor.load(write(tmp_path / "a.yaml", both + "samples: 4")), grpo.Config)
+    assert isinstance(doctor.load(write(tmp_path / "b.yaml", both + "targets: {reasoning: 0.5}")), sft.Config)
+    with pytest.raises(InputError, match=r"a\.yaml:4: unknown key 'sampels'; did you mean 'samples'") as refusal:
+        doctor.load(write(tmp_path / "a.yaml", both + "objective: {beta: 0.1}\nsampels: 4"))
+    assert "objective" not in str(refusal.value)
+    with pytest.raises(InputError, match="did you mean 'targets.reasoning'") as refusal:
+        doctor.load(write(tmp_path / "b.yaml", both + "smoothing_sigma: 1.0\ntargets: {raesoning: 0.5}"))
+    assert "smoothing" not in str(refusal.value)
+
+
+def test_what_would_stop_the_run_is_refused_after_the_report(tmp_path, toys, capsys):
+    path = toy_settings(tmp_path, toys, "accumulate: 3\ntargets: {reasoning: 1.0}\n")
+    with pytest.raises(InputError) as refusal:
+        doctor.start(path, ["--compute.mesh=[1, 3, 1]", "--evaluation.frames=3"])
+    assert str(refusal.value).splitlines() == [
+        f"{path}: data.frames 8 cannot be spread over 3 devices (data x fsdp); take a multiple of 3",
+        f"{path}: data.frames 8 does not divide into 3 parts; change accumulate",
+    ]
+    assert "the mesh is for 3 devices, here are 8" in capsys.readouterr().out
+
+
+def test_what_would_spoil_the_run_is_a_warning(tmp_path, toys, capsys):
+    path = toy_settings(tmp_path, toys, "samples: 2\nsampler: {max_tokens: 9}\naccumulate: 2\n")
+    overrides = [f"--optimizer.rates.{part}=0.0" for part in model.PARTS]
+    assert doctor.start(path, [*overrides, "--compute.mesh=[2, 2, 4]"]) == 0
+    printed = capsys.readouterr().out
+    for warning in (
+        "sampler.max_tokens 9 cuts the longest true answer with reasoning",
+        "num_key_value_heads 2 does not divide by tensor 4",
+        "optimizer.rates are all 0: nothing is trained",
+        "the model sees too few pixels",
+    ):
+        assert warning in printed
+    long = json.loads((toys[0] / "config.json").read_text())
+    assert "the model was made for" not in printed
+    short = toys[0].with_name("short")
+    hf.copy_side_files(toys[0], (short.mkdir(exist_ok=True), short)[1])
+    (short / "config.json").write_text(json.dumps(shorter(long)))
+    assert doctor.start(path, [f"--model={short}", "--compute.mesh=[2, 2, 4]"]) == 0
+    assert "the model was made for 20" in capsys.readouterr().out
+
+
+def shorter(entries):
+    if "max_position_embeddings" in entries:
+        return entries | {"max_position_embeddings": 20}
+    return entries | {"text_config": entries["text_config"] | {"max_position_embeddings": 20}}
+
+
+def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, endoscopy, real_folder):
+    from surgery_r1_jax import codec, evaluate
+
+    folder = real_folder("3b")
+    encoder = evaluate.encoder_of(folder, hf.read_config(folder))
+    frames = pipeline.read(pipeline.Config(root=str(endoscopy), split="all"))
+    lengths = doctor.measure(frames, encoder)
+    assert lengths.lost == 0
+    assert lengths.miou >= 0.99
+
+    class Wrong(codec.BoxCodec):
+        def decode(self, units, width, height):
+            return codec.PER_MILLE.decode(units, width, height)
+
+    import dataclasses
+
+    broken = dataclasses.replace(encoder, codec=Wrong("wrong"))
+    assert doctor.measure(frames, broken).miou < 0.9
+
+
+def job_of(toys, program, **more):
+    folder, data = toys
+    settings = program(
+        model=str(folder),
+        data=pipeline.Config(root=str(data), frames=8, questions=3),
+        compute=run.Compute(mesh=(1, 8, 1)),
+        **more,
+    )
+    architecture = hf.read_config(folder)
+    from surgery_r1_jax import evaluate
+
+    encoder = evaluate.encoder_of(folder, architecture)
+    batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
+    return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
+
+
+def test_the_estimate_agrees_with_the_compiler_within_a_factor_of_two(toys):
+    job = job_of(toys, sft.Config)
+    by_compiler, by_arithmetic = memory.compiled(job), memory.estimated(job)
+    assert by_compiler[:4] == by_arithmetic[:4]
+    assert 0.5 < by_arithmetic.activations / by_compiler.activations < 2
+    assert by_compiler.how == "compiled"
+
+
+def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
+    job = job_of(toys, grpo.Config, samples=2, objective={"beta": 0.04})
+    bytes_of = memory.estimated(job)
+    total = 4 * sum(leaf.size for leaf in jax.tree.leaves(job.params))
+    assert total / 8 <= bytes_of.parameters < total / 4  # norms and biases are on every device
+    assert bytes_of.reference == bytes_of.gradients == bytes_of.parameters
+    assert bytes_of.moments == pytest.approx(2 * bytes_of.parameters, rel=0.01)
+    frozen = job._replace(settings=job.settings.model_copy(update={"objective": job.settings.objective.model_copy(update={"beta": 0.0})}))
+    assert memory.estimated(frozen).reference == 0
+
+
+@pytest.mark.slow
+def test_the_programs_of_grpo_compile_on_abstract_arrays(toys):
+    job = job_of(toys, grpo.Config, samples=2)
+    by_compiler, by_arithmetic = memory.compiled(job), memory.estimated(job)
+    assert by_compiler[:4] == by_arithmetic[:4]
+    assert by_compiler.rollout > 0
+    assert 0.3 < by_arithmetic.peak / by_compiler.peak < 3
+
+
+def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):
+    told = memory.Bytes(1 << 20, 0, 0, 0, 5 << 30, 0, "compiled")
+    monkeypatch.setattr(memory, "compiled", lambda job: told)
+    path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\n")
+    assert doctor.start(path) == 0
+    printed = capsys.readouterr().out
+    assert "the compiled step" in printed
+    assert "5.00 GiB" in printed
+    monkeypatch.setattr(doctor, "SMALL", 0)
+    assert doctor.start(path) == 0
+    assert "estimated, within a factor of two" in capsys.readouterr().out
+
+
+def test_settings_of_the_file_reach_the_report(tmp_path, toys, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "SMALL", 0)
+    path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\noptimizer: {learning_rate: 0.002}\n")
+    assert doctor.start(path, ["--schedule.steps=77"]) == 0
+    printed = capsys.readouterr().out
+    assert "SFT, 77 steps of 8 frames" in printed
+    assert "rate 0.002" in printed
+    assert config.load(sft.Config, path).schedule.steps != 77
