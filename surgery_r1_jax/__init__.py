@@ -1,3 +1,26 @@
-"""Surgery-R1 in JAX."""
+"""Surgery-R1 in JAX: Qwen2.5-VL learns to answer and to locate in robotic surgery, by SFT and by GRPO.
+
+Reading order; a module imports only modules before it. README.md says of each what it is.
+
+    labels, answers, words   errors config vocabulary labels records location floors images check codec answer
+                             reasoning
+    drawn frames             shapes scene tissue cues drawing synth
+    frames to arrays         chat tiny grid batch examples pipeline
+    model                    sharding layers attention vision decoder model
+    numbers                  boxes rewards metrics grade scoring advantages objectives sampling
+    files and state          weights hf fresh optim checkpoint log
+    programs                 evaluate run sft grpo
+    for people               pictures charts cards report memory doctor ask demo cli
+
+The name of an array ends in its axes, `box_BJ4`: one letter each, a digit is literal.
+
+    B  frames of a batch           W  attention windows         D  width of the model
+    P  tokens of a prefix          S  patch slots of a window   N  query heads
+    Q  questions of a frame        C  values of a patch         K  key and value heads
+    G  samples of a question       E  width of the tower        H  width of a head
+    J  lanes of a frame, Q * G     M  merged image units        F  width of an MLP
+    T  tokens of a lane            U  slots of a lane's cache   V  vocabulary
+    L  scored tokens of a frame    R  reward terms              X  free, said where it is used
+"""
 
 __version__ = "0.1.0"

@@ -45,9 +45,7 @@ def run(
     settings = pipeline.Config(root="", frames=mesh.shape["data"] * mesh.shape["fsdp"], questions=1, threads=1)
     ((prompts, _),) = pipeline.once([frame], runner.encoder, settings)[0]
     greedy = sampling.Config(max_tokens=max_tokens, temperature=0.0)
-    drawn = evaluate.decode(
-        runner.graph, loaded.params, sharding.put_batch(prompts, mesh), runner.vocabulary, greedy
-    )
+    drawn = evaluate.decode(runner.graph, loaded.params, sharding.put_batch(prompts, mesh), runner.vocabulary, greedy)
     text = runner.encoder.chat.decode(drawn.tokens_BJT[0, 0])
     parsed = answer.parse(text, truncated=not bool(drawn.stopped_BJ[0, 0]))
     box = None

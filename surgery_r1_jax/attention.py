@@ -25,9 +25,7 @@ class Keys(NamedTuple):
     key: jax.Array  # [B, J, U, K, H]; prefix [B, P, K, H]
     value: jax.Array
     segment: jax.Array  # int32 [B, J, U]; prefix [B, P]: 0 = empty slot
-    order: jax.Array | None = (
-        None  # int32, broadcastable to segment: place in time; None = seen from everywhere
-    )
+    order: jax.Array | None = None  # int32, broadcastable to segment: place in time; None = seen from everywhere
 
 
 class Queries(NamedTuple):
@@ -37,9 +35,7 @@ class Queries(NamedTuple):
     order: jax.Array | None = None  # int32, broadcastable to segment
 
 
-def attend(
-    q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None, chunk: int | None = None
-):
+def attend(q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None, chunk: int | None = None):
     """Grouped-query attention of every lane over its own keys and its frame's prefix; returns [B, J, T, N, H].
 
     A query sees its own lane's keys of the same segment up to its order, and every filled prefix slot.

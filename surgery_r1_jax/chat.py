@@ -85,6 +85,11 @@ class Chat:
             vocab_size=1 + max(tokenizer.get_vocab().values()),
         )
 
+    def __setstate__(self, state: dict) -> None:
+        """Come back from a pickle (worker processes) with control tokens in data still read as plain text."""
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True
+
     @property
     def image_id(self) -> int:
         """The id that stands for one merged image unit."""

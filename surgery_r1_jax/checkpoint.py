@@ -16,6 +16,8 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from surgery_r1_jax import errors, hf, model, optim, sharding
 
@@ -55,7 +57,10 @@ class Checkpoints:
         """Load the last checkpoint into `abstract`'s shapes and shardings and set the data iterator back."""
         step = self.latest()
         if step is None:
-            raise errors.InputError(f"{self._manager.directory}: no checkpoint to resume from; start without --resume")
+            raise errors.InputError(
+                f"{self._manager.directory}: no checkpoint to resume from; remove this run or choose another --out, "
+                "and start without --resume"
+            )
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if meta.get("format") != FORMAT:
             raise errors.InputError(
@@ -76,15 +81,21 @@ class Checkpoints:
 
 
 class Best:
-    """Parameters of the best step so far."""
+    """Parameters of the best step so far, by the joint rate on the dev split."""
 
     def __init__(self, out: Path):
-        self._manager = _manager(Path(out) / "best", keep=1)
+        self._manager = _manager(Path(out) / "best", keep=1, best_fn=lambda metrics: metrics["joint_rate"])
 
-    def save(self, step: int, params: dict, metrics: dict[str, float]) -> None:
+    @property
+    def rate(self) -> float:
+        """The kept parameters' joint rate, -1 before there are any. Counts steps that a killed run has to repeat."""
+        step = self._manager.best_step()
+        return -1.0 if step is None else self._manager.metrics(step)["joint_rate"]
+
+    def save(self, step: int, params: dict, rate: float) -> None:
         """Replace the kept parameters."""
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(metrics))
-        self._manager.save(step, args=args, force=True)
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params))
+        self._manager.save(step, args=args, metrics={"joint_rate": rate}, force=True)
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -110,17 +121,19 @@ def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which
     if folder == path:
         return Loaded(settings, hf.read_params(path, settings, shardings), folder)
     best, last = _steps(path / "best"), _steps(path / "checkpoints")
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, nnx.to_pure_dict(abstract))
+    wanted = jax.tree.map(
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), nnx.to_pure_dict(abstract), shardings
+    )
     if which == "best" and best:
-        at, item = path / "best" / str(best[-1]) / "params", lambda tree: tree
+        params = _pick(path / "best" / str(best[-1]) / "params", wanted)
     elif last:
-        at, item = path / "checkpoints" / str(last[-1]) / "state", lambda tree: tree["params"]
+        params = _pick(path / "checkpoints" / str(last[-1]) / "state", {"params": wanted})["params"]
     else:
         raise errors.InputError(f"{path}: a run folder without a checkpoint; let it train until its first save")
-    tree = ocp.StandardCheckpointer().restore(at.absolute())
-    params = jax.tree.map(lambda p: np.asarray(p), item(tree))
-    if shardings is None:
-        return Loaded(settings, jax.tree.map(jax.numpy.asarray, params), folder)
-    return Loaded(settings, jax.tree.map(jax.device_put, params, shardings), folder)
+    return Loaded(settings, params, folder)
 
 
 def export(source: str | Path, out: str | Path, *, dtype: str = "float32", which: str = "best") -> Path:
@@ -134,13 +147,29 @@ def digest(params: dict) -> str:
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total.update(json.dumps([str(k) for k in path]).encode())
-        total.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        total.update(np.ascontiguousarray(jax.device_get(whole)).tobytes())
     return total.hexdigest()
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+def _manager(folder: Path, keep: int, best_fn=None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=False, best_fn=best_fn
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _pick(folder: Path, wanted: dict) -> dict:
+    """The arrays of `wanted` (shapes, dtypes, shardings) out of a saved tree that may hold more, from any mesh."""
+    how = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(folder.absolute(), args=how)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, jax.Array):
+            raise errors.InputError(f"{folder}: parameter {jax.tree_util.keystr(path)} is missing from this checkpoint")
+    return found
 
 
 def _steps(folder: Path) -> list[int]:

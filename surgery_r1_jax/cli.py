@@ -93,6 +93,13 @@ def _check(args: argparse.Namespace) -> int | None:
     return check.main(args.directory, strict=args.strict, json_path=args.json)
 
 
+def _init(args: argparse.Namespace) -> None:
+    start_devices()
+    from surgery_r1_jax import fresh
+
+    print(f"untrained tiny model written to {fresh.write(args.hf_dir, seed=args.seed)}")
+
+
 def _sft(args: argparse.Namespace) -> int | None:
     start_devices()
     from surgery_r1_jax import sft
@@ -143,7 +150,7 @@ def _doctor(args: argparse.Namespace) -> int | None:
     start_devices()
     from surgery_r1_jax import doctor
 
-    return doctor.run(args.config, args.overrides)
+    return doctor.start(args.config, args.overrides)
 
 
 def _report(args: argparse.Namespace) -> int | None:
@@ -196,9 +203,13 @@ def commands() -> dict[str, "_Parser"]:
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
 
-    sft_example = "--config configs/sft.yaml --out runs/sft --optim.learning_rate=1e-5"
+    add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
+    add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
+    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+
+    sft_example = "--config configs/sft_3b.yaml --out runs/sft_3b --optimizer.learning_rate=1e-5"
     config_and_run(command("sft", _sft, "Fine-tune on answers, boxes and reasoning.", sft_example, True))
-    grpo_example = "--config configs/grpo.yaml --out runs/grpo --rollout.temperature=0.9"
+    grpo_example = "--config configs/grpo_3b.yaml --out runs/grpo_3b --sampler.temperature=1.0"
     config_and_run(command("grpo", _grpo, "Reinforce a fine-tuned model by GRPO.", grpo_example, True))
 
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
@@ -237,8 +248,8 @@ def commands() -> dict[str, "_Parser"]:
     add("question", metavar="QUESTION", help="the question, in quotes")
     add("--save", type=Path, metavar="PNG", help="write the image with the answer drawn on it (default: not written)")
 
-    example = "--config configs/grpo.yaml --mesh.tensor=4"
-    about = "Tell what a configuration needs and whether this machine has it."
+    example = "--config configs/grpo_7b.yaml --compute.mesh=[1,4,2]"
+    about = "Tell what a run would be: sizes, tokens, memory, and what is amiss."
     add = command("doctor", _doctor, about, example, True)
     add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
 

@@ -77,9 +77,7 @@ class Block(nnx.Module):
         self.o = layers.Linear((N, H, D), ("heads", "head", "embed"), inputs=2, **make)
         self.mlp = layers.GatedMLP(D, config.intermediate_size, ("embed", "mlp"), **make)
 
-    def __call__(
-        self, x, angle, queries: Queries, remember, prefix: Keys | None = None, chunk: int | None = None
-    ):
+    def __call__(self, x, angle, queries: Queries, remember, prefix: Keys | None = None, chunk: int | None = None):
         """Run one layer; `remember(key, value)` gives the lane's own keys, new ones included.
 
         Returns the new x and those keys.
@@ -107,9 +105,7 @@ class Decoder(nnx.Module):
         def layer(carry, params):
             block = nnx.merge(graph, params)
             p, b = carry
-            p, made = block(
-                p, prefix_angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk
-            )
+            p, made = block(p, prefix_angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
             b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made))
             return (p, b), None
 

@@ -146,7 +146,15 @@ def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> sft.Config
         smoothing_sigma=1.5,
         data=pipeline.Config(root=str(out / "data"), frames=24, questions=4),
         targets=pipeline.Targets(box_slack=0.4),
-        optimizer=optim.Config(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.3, final=0.03),
+        # The warmed-up tower moves slowly: muon's steps are as large for noise as for signal.
+        optimizer=optim.Config(
+            kind="muon",
+            learning_rate=0.015,
+            warmup=0.05,
+            hold=0.3,
+            final=0.03,
+            rates=optim.Rates(tower=0.1, merger=0.1),
+        ),
         schedule=run.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
         evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
     )
@@ -193,6 +201,7 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(seed), (D, 4))}
     params = jax.device_put(params, sharding.replicated(mesh))
     learning = {"tower": params["tower"], "embed": params["embed"], "probe": probe}
+    rest = {name: value for name, value in params.items() if name not in learning}
 
     train = records.split(frames, "train")
     data = pipeline.Config(root=str(out / "data"), frames=32, questions=99)
@@ -206,11 +215,11 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
         for step, (prompts, gold) in zip(range(1, budget.warmup_steps + 1), stream, strict=False):
             tips = batch.stack([tip_targets(train[n], runner.encoder, seed) for n in gold.frame_B])
             placed = sharding.put_batch((prompts, tips), mesh)
-            state, stats = warm_up_step(runner.graph, tx, state, params["decoder"], *placed, words)
+            state, stats = warm_up_step(runner.graph, tx, state, rest, *placed, words)
             if step % 10 == 0:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
     learned = {name: state.params[name] for name in ("tower", "embed")}
-    return hf.write_folder(out / "base", params | learned, architecture, folder)
+    return hf.write_folder(out / "base", rest | learned, architecture, folder)
 
 
 class Tips(NamedTuple):
@@ -219,7 +228,8 @@ class Tips(NamedTuple):
     unit_BI: np.ndarray  # int32 merged unit in the tower's order
     tool_BI: np.ndarray  # int32 index into vocabulary.TOOLS
     state_BI: np.ndarray  # int32 index into vocabulary.STATES
-    box_BI4: np.ndarray
+    place_BI: np.ndarray  # int32 index into vocabulary.LOCATIONS
+    box_BI4: np.ndarray  # edges relative to the middle of the unit, as shares of the frame
     valid_BI: np.ndarray
 
 
@@ -227,21 +237,24 @@ def tip_targets(frame: records.Frame, encoder, seed: int) -> Tips:
     """What the warm-up asks of a frame: the scene that it was drawn from says where the tips are."""
     scene = synth.scene_of(seed, frame_number(frame.id), max_tools=MAX_TOOLS, balance=BALANCE)
     boxes = {record.tool: record.box for record in frame.records if record.tool}
+    places = {record.tool: record.answer for record in frame.records if record.kind == vocabulary.LOCATION}
     merge = encoder.preprocessor.merge_size
     rows, cols = (n // merge for n in encoder.patch_grid(frame))
     unit_of_token = grid.arrange([encoder.patch_grid(frame)], side=encoder.window_side, merge=merge).unit_of_token
     tips = Tips(*(np.zeros((MAX_TOOLS, *more), kind) for kind, more in _TIP_FIELDS))
     for i, instrument in enumerate(scene.instruments):
         x, y = instrument.tip
-        token = min(int(y * rows), rows - 1) * cols + min(int(x * cols), cols - 1)
-        tips.unit_BI[i], tips.valid_BI[i] = unit_of_token[token], True
+        row, col = min(int(y * rows), rows - 1), min(int(x * cols), cols - 1)
+        middle = np.array([col + 0.5, row + 0.5] * 2) / [cols, rows, cols, rows]
+        tips.unit_BI[i], tips.valid_BI[i] = unit_of_token[row * cols + col], True
+        tips.place_BI[i] = vocabulary.LOCATIONS.index(places[instrument.tool])
         tips.tool_BI[i] = vocabulary.TOOLS.index(instrument.tool)
         tips.state_BI[i] = vocabulary.STATES.index(instrument.state)
-        tips.box_BI4[i] = boxes[instrument.tool]
+        tips.box_BI4[i] = boxes[instrument.tool] - middle
     return tips
 
 
-_TIP_FIELDS = ((np.int32, ()), (np.int32, ()), (np.int32, ()), (np.float32, (4,)), (bool, ()))
+_TIP_FIELDS = (*[(np.int32, ())] * 4, (np.float32, (4,)), (bool, ()))
 
 
 def frame_number(frame_id: str) -> int:
@@ -256,17 +269,18 @@ def word_ids(chat) -> dict[str, np.ndarray]:
     return {
         "tools": np.array([single(word) for word in vocabulary.TOOLS], np.int32),
         "states": np.array([single(word) for word in vocabulary.STATES], np.int32),
+        "places": np.array([chat.tokenizer.token_to_id(f" at {word}") for word in vocabulary.LOCATIONS], np.int32),
     }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def warm_up_step(graph, tx, state: optim.TrainState, decoder, prompts: batch.FrameBatch, tips: Tips, words):
+def warm_up_step(graph, tx, state: optim.TrainState, rest: dict, prompts: batch.FrameBatch, tips: Tips, words):
     """One update of tower and words on what the merged units show."""
 
     def loss_of(params):
-        net = model.bind(graph, {"tower": params["tower"], "embed": params["embed"], "decoder": decoder})
+        net = model.bind(graph, rest | {"tower": params["tower"], "embed": params["embed"]})
         units_BMD = net.tower(prompts.patches_BWSC, prompts.patch_hw_BWS2, prompts.patch_image_BWS)
-        table_VD = net.unembed_VD
+        table_VD = net.embed[...] * units_BMD.shape[-1] ** -0.5  # the words as questions bring them in
         tools_BMC = units_BMD @ table_VD[words["tools"]].T - 3.0  # most units show no tip
         B, M, C = tools_BMC.shape
         here = jnp.arange(B)[:, None], tips.unit_BI
@@ -274,14 +288,23 @@ def warm_up_step(graph, tx, state: optim.TrainState, decoder, prompts: batch.Fra
         filled = prompts.patch_image_BWS.reshape(B, M, -1)[..., 0] > 0
         tool_loss = jnp.where(filled[..., None], optax.sigmoid_binary_cross_entropy(tools_BMC, wanted), 0.0).sum()
         tip_BID = units_BMD[here]
-        states = optax.softmax_cross_entropy_with_integer_labels(tip_BID @ table_VD[words["states"]].T, tips.state_BI)
-        sides = jnp.abs(jax.nn.sigmoid(tip_BID @ params["probe"]["kernel"]) - tips.box_BI4).sum(-1)
+        states_BIC, places_BIC = (tip_BID @ table_VD[words[name]].T for name in ("states", "places"))
+        sides = jnp.abs(tip_BID @ params["probe"]["kernel"] - tips.box_BI4).sum(-1)
         count = jnp.maximum(tips.valid_BI.sum(), 1)
         at_tips = lambda x_BI: jnp.where(tips.valid_BI, x_BI, 0.0).sum() / count  # noqa: E731
-        parts = {"tool_loss": tool_loss / count, "state_loss": at_tips(states), "box_l1": at_tips(sides)}
-        right = jnp.argmax(tip_BID @ table_VD[words["states"]].T, -1) == tips.state_BI
-        found = jnp.argmax(tools_BMC[here], -1) == tips.tool_BI
-        return sum(parts.values()), parts | {"state_accuracy": at_tips(right), "tool_accuracy": at_tips(found)}
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        parts = {
+            "tool_loss": tool_loss / count,
+            "state_loss": at_tips(cross_entropy(states_BIC, tips.state_BI)),
+            "place_loss": at_tips(cross_entropy(places_BIC, tips.place_BI)),
+            "box_l1": at_tips(sides),
+        }
+        right = {
+            "tool_accuracy": at_tips(jnp.argmax(tools_BMC[here], -1) == tips.tool_BI),
+            "state_accuracy": at_tips(jnp.argmax(states_BIC, -1) == tips.state_BI),
+            "place_accuracy": at_tips(jnp.argmax(places_BIC, -1) == tips.place_BI),
+        }
+        return sum(parts.values()), parts | right
 
     (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     state, more = optim.update(state, loss, gradients, tx)

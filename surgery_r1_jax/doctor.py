@@ -134,11 +134,11 @@ def first_batch(settings: sft.Config | grpo.Config, frames: Sequence[Frame], enc
 def problems(job: memory.Job) -> Iterator[str]:
     """What would stop the run."""
     settings, devices = job.settings, job.frame_axes
-    for key, frames in (("data.frames", settings.data.frames), ("evaluation.frames", settings.evaluation.frames)):
-        if frames % devices:
-            yield f"{key} {frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
+    frames = f"data.frames {settings.data.frames}"
+    if settings.data.frames % devices:
+        yield f"{frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
     if settings.data.frames % job.parts:
-        yield f"data.frames {settings.data.frames} does not divide into {job.parts} parts; change accumulate"
+        yield f"{frames} does not divide into {job.parts} parts; change accumulate"
 
 
 def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
@@ -168,7 +168,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
     if lengths.lost:
         yield f"{lengths.lost} true answers are not read back from what the tokenizer makes of them"
     if lengths.miou < CLOSE:
-        yield f"true boxes come back with a mean IoU of {lengths.miou:.3f}: the model sees too few pixels; see max_pixels"
+        yield f"true boxes come back with a mean IoU of {lengths.miou:.3f}: the model sees too few pixels (max_pixels)"
     if architecture.image_token_id != encoder.chat.image_id:
         yield (
             f"config.json has image_token_id {architecture.image_token_id}, the tokenizer {encoder.chat.image_id}; "
@@ -187,7 +187,9 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
 def _require(folder: Path, root: Path) -> None:
     """Refuse missing folders and files, all of them at once."""
     files = [folder / name for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")]
-    lines = [f"{file}: missing; give a Hugging Face folder of a Qwen2.5-VL model" for file in files if not file.is_file()]
+    lines = [
+        f"{file}: missing; give a Hugging Face folder of a Qwen2.5-VL model" for file in files if not file.is_file()
+    ]
     if not root.is_dir():
         lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
     if lines:

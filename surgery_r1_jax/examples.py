@@ -76,10 +76,10 @@ class Encoder:
 
         Raises: InputError naming the frame where its branches do not fit into the shape.
         """
-        _fit(frame, "tokens of a question with its answer", max(map(len, branches), default=0), shape.lane_tokens)
+        _fit(frame.id, "tokens of a question with its answer", max(map(len, branches), default=0), shape.lane_tokens)
         lanes = pack([len(branch) for branch in branches], shape.lane_tokens)
-        _fit(frame, "lanes", len(lanes), shape.lanes)
-        _fit(frame, "scored tokens", sum(len(branch.completion) for branch in branches), shape.scored)
+        _fit(frame.id, "lanes", len(lanes), shape.lanes)
+        _fit(frame.id, "scored tokens", sum(len(branch.completion) for branch in branches), shape.scored)
         prefix, next_pos = self._prefix(frame, shape)
         ids, pos, segment = self._empty_lanes(shape)
         slots, targets = [], []
@@ -111,8 +111,8 @@ class Encoder:
         Raises: InputError naming the frame where its questions do not fit into the shape.
         """
         questions = [self.prompt(frame.records[index]) for index in chosen]
-        _fit(frame, "questions", len(questions), shape.lanes)
-        _fit(frame, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
+        _fit(frame.id, "questions", len(questions), shape.lanes)
+        _fit(frame.id, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
         prefix, next_pos = self._prefix(frame, shape)
         ids, pos, segment = self._empty_lanes(shape)
         gold = batch.padding_gold(shape.lanes)
@@ -133,18 +133,23 @@ class Encoder:
         nothing = np.zeros(0, np.int32)
         return FrameBatch(*prefix, ids, pos, segment, nothing, nothing, np.zeros(0, np.float32)), gold
 
-    def prefix(self, pictures: Sequence[tuple[np.ndarray, grid.Grid]], shape: Shape) -> tuple[list[np.ndarray], int]:
-        """The first seven fields of an example, for any number of images, and the branches' first position."""
+    def prefix(
+        self, name: str, pictures: Sequence[tuple[np.ndarray, grid.Grid]], shape: Shape
+    ) -> tuple[list[np.ndarray], int]:
+        """The first seven fields of an example, for any number of images, and the branches' first position.
+
+        Raises: InputError with the name where they do not fit into the shape.
+        """
         grids = [g for _, g in pictures]
         patches = np.concatenate([p for p, _ in pictures])
         merge = self.preprocessor.merge_size
+        _fit(name, "windows", grid.count_windows(grids, self.window_side, merge), shape.windows)
         layout = grid.arrange(grids, side=self.window_side, merge=merge, windows=shape.windows)
         filled_WS = layout.source_WS >= 0
         patches_WSC = np.zeros((*filled_WS.shape, patches.shape[-1]), np.float32)
         patches_WSC[filled_WS] = patches[layout.source_WS[filled_WS]]
         ids = np.asarray(self.prefix_ids(grids), np.int32)
-        if ids.size > shape.prefix:
-            raise errors.InputError(f"a prefix of {ids.size} tokens does not fit in {shape.prefix}")
+        _fit(name, "prefix tokens", ids.size, shape.prefix)
         unit = np.full(ids.size, -1, np.int32)
         unit[ids == self.chat.image_id] = layout.unit_of_token
         pos_3P, next_pos = grid.rope_positions(ids, self.chat.image_id, grids, merge)
@@ -160,7 +165,7 @@ class Encoder:
         return fields, next_pos
 
     def _prefix(self, frame: Frame, shape: Shape) -> tuple[list[np.ndarray], int]:
-        return self.prefix([self.preprocessor.patches(self._picture(frame))], shape)
+        return self.prefix(frame.id, [self.preprocessor.patches(self._picture(frame))], shape)
 
     def _picture(self, frame: Frame) -> Image.Image:
         """What the model is shown; the resized pictures of small frames are kept, so that each is decoded once."""
@@ -198,9 +203,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return lanes
 
 
-def _fit(frame: Frame, what: str, needed: int, room: int) -> None:
+def _fit(name: str, what: str, needed: int, room: int) -> None:
     if needed > room:
-        raise errors.InputError(f"{frame.id}: {needed} {what} do not fit in {room}")
+        raise errors.InputError(f"{name}: {needed} {what} do not fit in {room}")
 
 
 def _padded(array, length: int, value=0) -> np.ndarray:

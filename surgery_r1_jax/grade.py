@@ -13,8 +13,6 @@ from surgery_r1_jax.batch import ANSWER, BOX, Gold
 from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.rewards import Judged
 
-THINK_BOXES = 4
-
 
 class Graded(NamedTuple):
     """Completions of a batch as numbers, and as texts for tables and reports."""
@@ -27,14 +25,15 @@ class Graded(NamedTuple):
 def grade(tokens_BJT: np.ndarray, stopped_BJ: np.ndarray, gold: Gold, encoder: Encoder, samples: int = 1) -> Graded:
     """Judge completions; lane q * samples + g answers question q."""
     B, J, _ = tokens_BJT.shape
-    spread = lambda field: np.repeat(field, samples, axis=1)  # noqa: E731
-    wants, valid = spread(gold.want_BQ), spread(gold.valid_BQ)
-    kind = spread(gold.kind_BQ)
+    gold_answer, gold_box, kind, wants, valid = (
+        np.repeat(field, samples, axis=1)
+        for field in (gold.answer_BQ, gold.box_BQ4, gold.kind_BQ, gold.want_BQ, gold.valid_BQ)
+    )
     pred = np.full((B, J), -1, np.int32)
     box, box_ok = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
     format_ok, think_answer = np.zeros((B, J), bool), np.full((B, J), -1, np.int32)
-    think_box = np.zeros((B, J, THINK_BOXES, 4), np.float32)
-    think_box_ok = np.zeros((B, J, THINK_BOXES), bool)
+    think_box = np.zeros((B, J, answer.MAX_THINK_BOXES, 4), np.float32)
+    think_box_ok = np.zeros((B, J, answer.MAX_THINK_BOXES), bool)
     texts = [[""] * J for _ in range(B)]
     parsed: list[list[answer.Parsed | None]] = [[None] * J for _ in range(B)]
     for b, j in zip(*np.nonzero(valid), strict=True):
@@ -46,15 +45,15 @@ def grade(tokens_BJT: np.ndarray, stopped_BJ: np.ndarray, gold: Gold, encoder: E
         think_answer[b, j] = read.think_answers[kind[b, j]]
         if read.box is not None:
             box[b, j], box_ok[b, j] = encoder.codec.decode(read.box, width, height), True
-        for k, trace in enumerate(read.think_boxes[:THINK_BOXES]):
+        for k, trace in enumerate(read.think_boxes):
             think_box[b, j, k], think_box_ok[b, j, k] = encoder.codec.decode(trace, width, height), True
     organ_box = np.broadcast_to(gold.organ_box_B4[:, None], (B, J, 4))
     judged = Judged(
         answer=pred,
-        gold_answer=spread(gold.answer_BQ),
+        gold_answer=gold_answer,
         box=box,
         box_ok=box_ok,
-        gold_box=spread(gold.box_BQ4),
+        gold_box=gold_box,
         format_ok=format_ok,
         kind=kind,
         wants_answer=wants != BOX,

@@ -41,7 +41,7 @@ class Config(config.Config):
     """A whole GRPO run."""
 
     model: str = Field(description="Hugging Face folder, or a run folder, to start from; also the frozen reference")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     samples: int = Field(8, ge=2, description="completions of a question (G); they compete with each other")
     updates: int = Field(1, ge=1, description="updates on each rollout")
     minibatches: int = Field(1, ge=1, description="parts of the rollout's frames, one optimiser step each")
@@ -224,7 +224,8 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
 
     frames = pipeline.read(settings.data)
     stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
-    data, data_hash = iter(stream), pipeline.fingerprint(frames)
+    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
+    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)
     dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none.
@@ -236,13 +237,13 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
-    first, best_rate, scores = 0, -1.0, {}
+    first, scores = 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
         run.same_data(restored.meta, data_hash, out)
         if restored.meta["reference"] != reference_hash:
             raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
-        state, first, best_rate = restored.state, restored.meta["step"], restored.meta["best_rate"]
+        state, first = restored.state, restored.meta["step"]
 
     key = jax.random.key(settings.seed)
     with (
@@ -272,20 +273,18 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
             stats |= more
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
-            ending = stop.seen or step == plan.steps
+            stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 journal.table(step, completions(graded, earned, frames, gold, settings))
                 predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
                 scores = evaluate.score(predictions)
                 journal.metrics(step, run.flat(scores), split=settings.evaluation.split)
-                if scores["joint_rate"] > best_rate:
-                    best_rate = scores["joint_rate"]
-                    best.save(step, state.params, {"joint_rate": best_rate})
+                if scores["joint_rate"] > best.rate:
+                    best.save(step, state.params, scores["joint_rate"])
             run.check_sound(step, stats, plan)
-            if ending or step % plan.save_every == 0:
-                meta = {"step": step, "data": data_hash, "best_rate": best_rate, "reference": reference_hash}
-                saved.save(step, state, data, meta)
-            if stop.seen and step < plan.steps:
+            if stopping or step == plan.steps or step % plan.save_every == 0:
+                saved.save(step, state, data, {"step": step, "data": data_hash, "reference": reference_hash})
+            if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()
     best.close()

@@ -5,6 +5,7 @@ are one parameter with a leading `layers` axis, made here by `stack=` and sliced
 Compute runs in the dtype of the input; norms, softmax and angles stay in float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,8 +39,9 @@ class Linear(nnx.Module):
     """A linear map from the last `inputs` axes of its input to the remaining axes of `shape`."""
 
     def __init__(self, shape, axes, *, rngs, inputs=1, bias=False, stack=None):
-        # Range of a normal at HF's own initialiser; only models trained from scratch ever see it.
-        self.kernel = param(rngs, shape, axes, nnx.initializers.normal(0.02), stack)
+        # Only models trained from scratch ever see this: outputs start as large as inputs.
+        spread = nnx.initializers.normal(math.prod(shape[:inputs]) ** -0.5)
+        self.kernel = param(rngs, shape, axes, spread, stack)
         self.bias = param(rngs, shape[inputs:], axes[inputs:], nnx.initializers.zeros, stack) if bias else None
         self.inputs = inputs
 

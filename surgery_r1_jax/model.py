@@ -34,11 +34,13 @@ class QwenVL(nnx.Module):
     def __init__(self, config: Config, compute: layers.Compute, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         V, D = config.text.vocab_size, config.text.hidden_size
-        table = ((V, D), ("vocab", "embed"), nnx.initializers.normal(0.02), None)
+        shape, axes = (V, D), ("vocab", "embed")
         self.tower = vision.Tower(config.vision, compute, rngs=rngs)
-        self.embed = layers.param(rngs, *table)
+        # A tied table is drawn small enough for its logits, an untied one large enough to outlast the first layers.
+        small, large = (nnx.initializers.normal(scale) for scale in (D**-0.5, 1.0))
+        self.embed = layers.param(rngs, shape, axes, small if config.tie_word_embeddings else large, None)
         self.decoder = decoder.Decoder(config.text, compute, rngs=rngs)
-        self.head = None if config.tie_word_embeddings else layers.param(rngs, *table)
+        self.head = None if config.tie_word_embeddings else layers.param(rngs, shape, axes, small, None)
 
     @property
     def unembed_VD(self) -> jax.Array:
@@ -59,9 +61,7 @@ class QwenVL(nnx.Module):
         """Keys and values of the prefix in every layer."""
         return self.decoder.prefill(self._prefix(batch))
 
-    def extend(
-        self, ids_BJT, position_BJT, queries: Queries, prefix: Cache, prefix_mask_BP, cache, segment_BJU, slot
-    ):
+    def extend(self, ids_BJT, position_BJT, queries: Queries, prefix: Cache, prefix_mask_BP, cache, segment_BJU, slot):
         """Run new tokens of every lane against the caches: see `decoder.Decoder.extend`."""
         stream = self._text(ids_BJT, position_BJT, queries)
         return self.decoder.extend(stream, prefix, prefix_mask_BP.astype(jnp.int32), cache, segment_BJU, slot)

@@ -111,7 +111,7 @@ def start(params: dict, tx: optax.GradientTransformation) -> TrainState:
 
 def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step, or none where the loss or any gradient is not finite."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     sound = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def take(_):

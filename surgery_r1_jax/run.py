@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from pydantic import Field
 
 from surgery_r1_jax import checkpoint, config, errors, evaluate, hf, layers, model, optim, pipeline, sharding
@@ -85,7 +86,9 @@ def state_shardings(state: optim.TrainState, setup: Setup) -> optim.TrainState:
 
     def place(path, leaf):
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        return by_path[names] if names in by_path and leaf.ndim else everywhere
+        # The optimiser may group parameters under names of its own (muon, adam): what counts is how a path ends.
+        ends = (names[start:] for start in range(len(names)))
+        return next((by_path[end] for end in ends if end in by_path and leaf.ndim), everywhere)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -94,26 +97,37 @@ def check_sound(step: int, stats: dict, settings: Schedule) -> None:
     """Stop a run whose numbers have gone bad. Raises NumericError."""
     if int(stats["skipped_in_a_row"]) >= settings.max_bad_steps:
         raise errors.NumericError(
-            f"step {step}: loss or gradient was not finite {settings.max_bad_steps} times in a row; weights are as after "
-            "the last good step. Lower the learning rate or look at the data, then go on with --resume"
+            f"step {step}: loss or gradient was not finite {settings.max_bad_steps} times in a row; nothing of it was "
+            "kept. Lower the learning rate or look at the data, then go on from the last checkpoint with --resume"
         )
 
 
 class StopSignal:
-    """Remembers SIGTERM, so that a loop can save at its next step boundary and leave; a context manager."""
+    """Remembers SIGTERM, so that a loop can save at a step boundary and leave; a context manager.
+
+    Of several processes all must leave at the same step, whichever got the signal: there JAX's own preemption
+    service listens and settles on the step.
+    """
 
     def __init__(self):
-        self.seen = False
+        self._noted = False
+        self._alone = jax.process_count() == 1
 
     def __enter__(self):
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._before)
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def at(self, step: int) -> bool:
+        """Whether to leave after this step; to be asked exactly once a step, for the answer may change."""
+        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def _note(self, *_):
-        self.seen = True
+        self._noted = True
 
 
 def dev_frames(data: pipeline.Config, settings: evaluate.Config) -> tuple[Sequence, pipeline.Config]:
@@ -133,8 +147,8 @@ def same_data(meta: dict, data_hash: str, out: Path) -> None:
     """Refuse to resume on other data. Raises InputError."""
     if meta["data"] != data_hash:
         raise errors.InputError(
-            f"{out}: labels or images changed since the checkpoint (fingerprint {meta['data'][:12]}, now "
-            f"{data_hash[:12]}); restore them, or start a new run from {out}"
+            f"{out}: labels, images or the settings of their order changed since the checkpoint "
+            f"(fingerprint {meta['data'][:12]}, now {data_hash[:12]}); restore them, or start a new run from {out}"
         )
 
 

@@ -140,7 +140,7 @@ class Scene:
 def sample(rng: np.random.Generator, *, max_tools: int = 4, balance: float = 0.0) -> Scene:
     """Draw a scene: instruments and states as in EndoVis-18, or the more evenly the nearer `balance` is to 1.
 
-    With probability `balance` a choice is uniform: of the instruments (their number stays as in EndoVis-18) and of the
+    With probability `balance` a choice is uniform: of the instruments, their number included, and of the
     state among those its instrument can be in. A demo needs that to see the rare ones.
     """
     tools = _tools(rng, max_tools, balance)
@@ -168,7 +168,7 @@ def _tools(rng, max_tools: int, balance: float) -> list[str]:
     count = np.array([TOOL_SETS[tools] for tools in sets], float)
     tools = sets[rng.choice(len(sets), p=count / count.sum())]
     if rng.random() < balance:
-        tools = rng.choice(vocabulary.TOOLS, len(tools), replace=False)
+        tools = rng.choice(vocabulary.TOOLS, rng.integers(1, max_tools + 1), replace=False)
     return [str(tool) for tool in rng.permutation(tools)]
 
 

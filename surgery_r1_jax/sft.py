@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from surgery_r1_jax import (
     checkpoint,
@@ -30,7 +30,7 @@ class Config(config.Config):
     """A whole SFT run."""
 
     model: str = Field(description="Hugging Face folder, or a run folder, to start from")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     accumulate: int = Field(1, ge=1, description="parts that each batch is cut into, one after the other on the device")
     smoothing_sigma: float = Field(0.0, ge=0, description="spread box number targets over their neighbours; 0: off")
     data: pipeline.Config
@@ -39,6 +39,15 @@ class Config(config.Config):
     compute: run.Compute = run.Compute()
     schedule: run.Schedule = run.Schedule()
     evaluation: evaluate.Config = evaluate.Config()
+
+    @model_validator(mode="after")
+    def _parts_divide(self):
+        if self.data.frames % self.accumulate:
+            raise ValueError(
+                f"data.frames {self.data.frames} does not divide by accumulate {self.accumulate}: parts are made of "
+                "whole frames"
+            )
+        return self
 
 
 def loss_and_gradients(graph, params, batch, number_V, settings: Config):
@@ -84,7 +93,8 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     stream, _ = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )
-    data, data_hash = iter(stream), pipeline.fingerprint(frames)
+    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
+    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order, settings.targets)
     dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
@@ -95,14 +105,14 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
-    first, best_rate, scores = 0, -1.0, {}
+    first, scores = 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
         run.same_data(restored.meta, data_hash, out)
-        state, first, best_rate = restored.state, int(restored.state.step), restored.meta["best_rate"]
+        state, first = restored.state, int(restored.state.step)
 
     def save(step):
-        saved.save(step, state, data, {"data": data_hash, "best_rate": best_rate})
+        saved.save(step, state, data, {"data": data_hash})
 
     def evaluated(step):
         predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
@@ -131,16 +141,15 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
             late = stats
-            ending = stop.seen or step == plan.steps
+            stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 scores = evaluated(step)
-                if scores["joint_rate"] > best_rate:
-                    best_rate = scores["joint_rate"]
-                    best.save(step, state.params, {"joint_rate": best_rate})
-            if ending or step % plan.save_every == 0:
+                if scores["joint_rate"] > best.rate:
+                    best.save(step, state.params, scores["joint_rate"])
+            if stopping or step == plan.steps or step % plan.save_every == 0:
                 run.check_sound(step, stats, plan)
                 save(step)
-            if stop.seen and step < plan.steps:
+            if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()
     best.close()

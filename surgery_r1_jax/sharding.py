@@ -41,7 +41,7 @@ def make_mesh(shape: Sequence[int] | None = None, devices: Sequence[jax.Device] 
     """A mesh of shape (data, fsdp, tensor); by default all devices along `fsdp`. -1 takes what is left over."""
     devices = jax.devices() if devices is None else list(devices)
     shape = list(shape or (1, -1, 1))
-    if shape.count(-1) > 1 or len(shape) != len(MESH_AXES):
+    if shape.count(-1) > 1 or len(shape) != len(MESH_AXES) or any(n < 1 and n != -1 for n in shape):
         raise errors.InputError(f"mesh {shape}: give data, fsdp and tensor sizes, at most one of them -1")
     known = int(np.prod([n for n in shape if n != -1]))
     shape = [len(devices) // known if n == -1 else n for n in shape]
@@ -88,7 +88,16 @@ def of_batch(batch, mesh: Mesh):
 
 
 def put_batch(batch, mesh: Mesh):
-    """Place this process's rows of a host batch on the mesh, frames spread over `data` and `fsdp`."""
+    """Place this process's rows of a host batch on the mesh, frames spread over `data` and `fsdp`.
+
+    Raises InputError where they cannot be spread evenly.
+    """
+    frames, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), mesh.shape["data"] * mesh.shape["fsdp"]
+    if frames % devices:
+        raise errors.InputError(
+            f"a batch of {frames} frames cannot be spread over data x fsdp = {devices} devices; make data.frames and "
+            f"evaluation.frames multiples of {devices}, or change compute.mesh"
+        )
     sharding = NamedSharding(mesh, FRAMES)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 

@@ -82,8 +82,9 @@ class Sizes:
     fullatt: tuple[int, ...] = (1, 3)  # tower blocks that attend to the whole picture instead of a window
     window_size: int = 56  # side in pixels
     size: tuple[int, int] = (140, 112)
-    tie: bool = True
-    rope_theta: float = 1e4
+    tie: bool = False
+    # Columns turn with the slowest frequencies: at the released 1e6 a picture of a few units would have them all alike.
+    rope_theta: float = 10.0
     mrope_section: tuple[int, int, int] = (4, 6, 6)  # time, row, column; their sum is half a head's width
 
     def __post_init__(self):

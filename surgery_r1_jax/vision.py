@@ -73,9 +73,7 @@ class Block(nnx.Module):
         self.norm2 = layers.RMSNorm(E, rngs=rngs, eps=1e-6, stack=stack)
         axes = ("vision", "qkv", "vision_heads", "head")
         self.qkv = layers.Linear((E, 3, N, E // N), axes, rngs=rngs, bias=True, stack=stack)
-        self.proj = layers.Linear(
-            (N, E // N, E), (*axes[2:], "vision"), rngs=rngs, inputs=2, bias=True, stack=stack
-        )
+        self.proj = layers.Linear((N, E // N, E), (*axes[2:], "vision"), rngs=rngs, inputs=2, bias=True, stack=stack)
         mlp_axes = ("vision", "vision_mlp")
         self.mlp = layers.GatedMLP(E, config.intermediate_size, mlp_axes, rngs=rngs, bias=True, stack=stack)
 
@@ -101,9 +99,7 @@ class Merger(nnx.Module):
         self.joined = config.hidden_size * config.spatial_merge_size**2
         self.norm = layers.RMSNorm(config.hidden_size, rngs=rngs, eps=1e-6)
         self.up = layers.Linear((self.joined, self.joined), ("vision", "merged"), rngs=rngs, bias=True)
-        self.down = layers.Linear(
-            (self.joined, config.out_hidden_size), ("merged", "embed"), rngs=rngs, bias=True
-        )
+        self.down = layers.Linear((self.joined, config.out_hidden_size), ("merged", "embed"), rngs=rngs, bias=True)
 
     def __call__(self, x_BWSE):
         """Return [B, M, D], units in window order."""

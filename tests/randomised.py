@@ -55,9 +55,7 @@ def write(folder, *, tied: bool, seed: int = 0):
         tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
-    oracle = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
-        settings, attn_implementation="eager"
-    )
+    oracle = transformers.Qwen2_5_VLForConditionalGeneration._from_config(settings, attn_implementation="eager")
     with torch.no_grad():
         for parameter in oracle.parameters():
             noise = torch.randn_like(parameter)
@@ -106,9 +104,7 @@ def batch(
     windows = windows or max(grid.count_windows(f.grids, side, merge) for f in frames)
     lanes = lanes or [[[i] for i in range(len(f.branches))] for f in frames]
     J = max(len(per_frame) for per_frame in lanes)
-    T = T or max(
-        sum(len(f.branches[i]) for i in lane) for f, per in zip(frames, lanes, strict=True) for lane in per
-    )
+    T = T or max(sum(len(f.branches[i]) for i in lane) for f, per in zip(frames, lanes, strict=True) for lane in per)
     examples = []
     for f, per_frame in zip(frames, lanes, strict=True):
         layout = grid.arrange(f.grids, side=side, merge=merge, windows=windows)

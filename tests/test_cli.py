@@ -26,7 +26,8 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "evaluate.run": 0,
     "checkpoint.export": Path("h"),
     "ask.run": 0,
-    "doctor.run": 0,
+    "doctor.start": 0,
+    "fresh.write": Path("h"),
     "report.run": 0,
 }
 TRAINING = ["--config", "c.yaml", "--out", "runs/x"]
@@ -105,7 +106,8 @@ def refusal(capsys, *argv, status=2):
         ("export k h", "checkpoint.export", (Path("k"), Path("h")), {"dtype": "float32", "which": "best"}),
         ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
-        ("doctor --config c --a.b=3", "doctor.run", (Path("c"), ["--a.b=3"]), {}),
+        ("doctor --config c --a.b=3", "doctor.start", (Path("c"), ["--a.b=3"]), {}),
+        ("init h --seed 4", "fresh.write", (Path("h"),), {"seed": 4}),
         ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],
 )

@@ -1,5 +1,6 @@
 """The doctor tells what a run would be, for the real configurations too, and what would stop or spoil it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,22 @@ import pytest
 import toy
 from flax import nnx
 
-from surgery_r1_jax import config, doctor, grpo, hf, images, memory, model, pipeline, run, sft, synth, tiny
+from surgery_r1_jax import (
+    codec,
+    config,
+    doctor,
+    evaluate,
+    grpo,
+    hf,
+    images,
+    memory,
+    model,
+    pipeline,
+    run,
+    sft,
+    synth,
+    tiny,
+)
 from surgery_r1_jax.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -119,16 +135,13 @@ def test_the_real_configurations_pass(real_folder, endoscopy, capsys, name):
     overrides = [f"--model={folder}", f"--data.root={endoscopy}"]
     assert doctor.start(CONFIGS / f"{name}.yaml", overrides) == 0
     printed = capsys.readouterr().out
-    print(printed)
     words = printed.split()
     assert f"{PARAMETERS[size]:,}" in words
     assert "1,702 at 1288 x 1036 pixels" in printed  # 46 x 37 units of 28 pixels
     assert "estimated, within a factor of two" in printed
     warned = [line for line in printed.splitlines() if line.startswith("warning")]
     assert warned == [f"warning: {folder} has no safetensors weights yet"]
-    if name.startswith("grpo"):
-        assert "16 x 1,704 x" not in printed
-        assert "reference" in words
+    assert ("reference" in words) == name.startswith("grpo")
 
 
 def test_missing_model_and_data_are_both_named(capsys):
@@ -146,7 +159,7 @@ def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(
     with pytest.raises(InputError, match=r"a\.yaml:4: unknown key 'sampels'; did you mean 'samples'") as refusal:
         doctor.load(write(tmp_path / "a.yaml", both + "objective: {beta: 0.1}\nsampels: 4"))
     assert "objective" not in str(refusal.value)
-    with pytest.raises(InputError, match="did you mean 'targets.reasoning'") as refusal:
+    with pytest.raises(InputError, match=r"did you mean 'targets\.reasoning'") as refusal:
         doctor.load(write(tmp_path / "b.yaml", both + "smoothing_sigma: 1.0\ntargets: {raesoning: 0.5}"))
     assert "smoothing" not in str(refusal.value)
 
@@ -154,7 +167,7 @@ def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(
 def test_what_would_stop_the_run_is_refused_after_the_report(tmp_path, toys, capsys):
     path = toy_settings(tmp_path, toys, "accumulate: 3\ntargets: {reasoning: 1.0}\n")
     with pytest.raises(InputError) as refusal:
-        doctor.start(path, ["--compute.mesh=[1, 3, 1]", "--evaluation.frames=3"])
+        doctor.start(path, ["--compute.mesh=[1, 3, 1]"])
     assert str(refusal.value).splitlines() == [
         f"{path}: data.frames 8 cannot be spread over 3 devices (data x fsdp); take a multiple of 3",
         f"{path}: data.frames 8 does not divide into 3 parts; change accumulate",
@@ -190,8 +203,6 @@ def shorter(entries):
 
 
 def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, endoscopy, real_folder):
-    from surgery_r1_jax import codec, evaluate
-
     folder = real_folder("3b")
     encoder = evaluate.encoder_of(folder, hf.read_config(folder))
     frames = pipeline.read(pipeline.Config(root=str(endoscopy), split="all"))
@@ -203,34 +214,40 @@ def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, 
         def decode(self, units, width, height):
             return codec.PER_MILLE.decode(units, width, height)
 
-    import dataclasses
-
     broken = dataclasses.replace(encoder, codec=Wrong("wrong"))
     assert doctor.measure(frames, broken).miou < 0.9
 
 
 def job_of(toys, program, **more):
     folder, data = toys
-    settings = program(
-        model=str(folder),
-        data=pipeline.Config(root=str(data), frames=8, questions=3),
-        compute=run.Compute(mesh=(1, 8, 1)),
-        **more,
-    )
-    architecture = hf.read_config(folder)
-    from surgery_r1_jax import evaluate
+    source = pipeline.Config(root=str(data), frames=8, questions=3)
+    return job_for(program(model=str(folder), data=source, compute=run.Compute(mesh=(1, 8, 1)), **more), folder)
 
+
+def job_for(settings, folder):
+    architecture = hf.read_config(folder)
     encoder = evaluate.encoder_of(folder, architecture)
     batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
     return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 
 
-def test_the_estimate_agrees_with_the_compiler_within_a_factor_of_two(toys):
-    job = job_of(toys, sft.Config)
+@pytest.mark.parametrize(("program", "more"), [(sft.Config, {}), (grpo.Config, {"samples": 2})], ids=["sft", "grpo"])
+def test_the_programs_of_a_run_are_lowered_without_any_array(toys, program, more):
+    step, drawing = memory.lowered(job_of(toys, program, **more))
+    assert "sharding" in step.as_text()
+    assert (drawing is not None) == (program is grpo.Config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft_3b", "grpo_3b"])
+def test_the_estimate_is_close_to_what_the_compiler_says(real_folder, endoscopy, name):
+    path, folder = CONFIGS / f"{name}.yaml", real_folder("3b")
+    overrides = [f"--model={folder}", f"--data.root={endoscopy}", "--data.frames=8", "--compute.dtype=float32"]
+    job = job_for(doctor.load(path, overrides), folder)
     by_compiler, by_arithmetic = memory.compiled(job), memory.estimated(job)
+    print(by_compiler, by_arithmetic, sep="\n")
     assert by_compiler[:4] == by_arithmetic[:4]
-    assert 0.5 < by_arithmetic.activations / by_compiler.activations < 2
-    assert by_compiler.how == "compiled"
+    assert 0.7 < by_arithmetic.peak / by_compiler.peak < 1.4
 
 
 def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
@@ -240,17 +257,7 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
     assert total / 8 <= bytes_of.parameters < total / 4  # norms and biases are on every device
     assert bytes_of.reference == bytes_of.gradients == bytes_of.parameters
     assert bytes_of.moments == pytest.approx(2 * bytes_of.parameters, rel=0.01)
-    frozen = job._replace(settings=job.settings.model_copy(update={"objective": job.settings.objective.model_copy(update={"beta": 0.0})}))
-    assert memory.estimated(frozen).reference == 0
-
-
-@pytest.mark.slow
-def test_the_programs_of_grpo_compile_on_abstract_arrays(toys):
-    job = job_of(toys, grpo.Config, samples=2)
-    by_compiler, by_arithmetic = memory.compiled(job), memory.estimated(job)
-    assert by_compiler[:4] == by_arithmetic[:4]
-    assert by_compiler.rollout > 0
-    assert 0.3 < by_arithmetic.peak / by_compiler.peak < 3
+    assert memory.estimated(job_of(toys, grpo.Config, objective={"beta": 0.0})).reference == 0
 
 
 def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):

@@ -48,8 +48,7 @@ def torch_rows(oracle, frames, *, left):
             mm_token_type_ids=torch.tensor((ids == IMAGE).astype(np.int64)),
         ).logits.numpy()
     return [
-        out[i, p[0] + f.prefix.size : p[0] + len(r)]
-        for i, (f, r, p) in enumerate(zip(frames, rows, pads, strict=True))
+        out[i, p[0] + f.prefix.size : p[0] + len(r)] for i, (f, r, p) in enumerate(zip(frames, rows, pads, strict=True))
     ]
 
 
@@ -141,9 +140,7 @@ def test_greedy_tokens_through_the_cache_equal_transformers(oracle):
     shift = [12 - len(b) for b in f.branches]
     prompts = prompts._replace(
         **{
-            name: np.stack(
-                [[np.roll(lane, s) for lane, s in zip(getattr(prompts, name)[0], shift, strict=True)]]
-            )
+            name: np.stack([[np.roll(lane, s) for lane, s in zip(getattr(prompts, name)[0], shift, strict=True)]])
             for name in ("branch_ids_BJT", "branch_pos_BJT", "branch_segment_BJT")
         }
     )
@@ -212,9 +209,7 @@ def test_control_attention_without_windows_breaks_the_bound(one, monkeypatch):
     from surgery_r1_jax import vision
 
     run = vision.Block.__call__
-    monkeypatch.setattr(
-        vision.Block, "__call__", lambda self, *a, full, chunk: run(self, *a, full=True, chunk=chunk)
-    )
+    monkeypatch.setattr(vision.Block, "__call__", lambda self, *a, full, chunk: run(self, *a, full=True, chunk=chunk))
     assert largest_gap(config, params, frames, want) > 10 * LOGITS
 
 

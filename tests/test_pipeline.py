@@ -1,0 +1,345 @@
+"""pipeline.py: every question counted once, the same stream for any number of processes, and back to any position."""
+
+import dataclasses
+from collections import Counter
+
+import grain
+import numpy as np
+import pytest
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery_r1_jax import answer, evaluate, examples, hf, pipeline, reasoning, records, synth, tiny, vocabulary
+from surgery_r1_jax.errors import InputError
+
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
+    return evaluate.encoder_of(folder, hf.read_config(folder))
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    synth.write(root, frames=FRAMES, seed=5, size=(84, 56), max_tools=3, sequences=("seq_2", "seq_3"))
+    return records.read(root)
+
+
+def config(**more):
+    return pipeline.Config(root="data", **{"frames": 4, "questions": 3, **more})
+
+
+def take(stream, count):
+    iterator = iter(stream)
+    return [next(iterator) for _ in range(count)]
+
+
+def asked(gold):
+    """The (frame, record) pairs that a batch asks, in its order."""
+    return [
+        (int(number), int(index))
+        for number, indices, valid in zip(gold.frame_B, gold.record_BQ, gold.valid_BQ, strict=True)
+        for index in indices[valid]
+    ]
+
+
+def rows_asked(batches):
+    """The rows in the batches, in their order."""
+    for _, gold in batches:
+        for number, indices, valid in zip(gold.frame_B, gold.record_BQ, gold.valid_BQ, strict=True):
+            yield pipeline.Row(int(number), tuple(indices[valid].tolist()))
+
+
+def leaves(batch):
+    return [leaf for field in batch for leaf in (field if isinstance(field, tuple) else (field,))]
+
+
+def assert_same(found, want):
+    for ours, theirs in zip(found, want, strict=True):
+        for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# Once
+
+
+@pytest.mark.parametrize("count", range(1, 8))  # 1 .. 3 B + 1 frames
+@pytest.mark.parametrize("questions", [9, 3])
+def test_every_question_is_asked_once_and_in_order(encoder, frames, count, questions):
+    chosen = frames[:count]
+    batches, number = pipeline.once(chosen, encoder, config(frames=2, questions=questions))
+    batches = list(batches)
+    assert len(batches) == number
+    found = [pair for _, gold in batches for pair in asked(gold)]
+    assert found == [(i, j) for i, frame in enumerate(chosen) for j in range(len(frame.records))]
+    assert len({tuple((leaf.shape, leaf.dtype) for leaf in leaves((*p, *g))) for p, g in batches}) == 1
+    for prompts, gold in batches:
+        missing = gold.frame_B < 0
+        assert not prompts.prefix_mask_BP[missing].any() and not prompts.patch_image_BWS[missing].any()
+        np.testing.assert_array_equal((prompts.branch_segment_BJT > 0).any(-1), gold.valid_BQ)
+        np.testing.assert_array_equal(gold.answer_BQ >= 0, gold.valid_BQ)
+    assert not any((gold.frame_B < 0).any() for _, gold in batches[:-1]), "only the last batch is padded"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_processes_share_an_evaluation_out_without_gaps(encoder, frames, count):
+    whole, number = pipeline.once(frames[:count], encoder, config())
+    parts = [pipeline.once(frames[:count], encoder, config(), pipeline.Shard(i, 2)) for i in range(2)]
+    assert [n for _, n in parts] == [number] * 2
+    for (prompts, gold), *halves in zip(whole, *(batches for batches, _ in parts), strict=True):
+        for name in ("prompts", "gold"):
+            fields = [half[name == "gold"] for half in halves]
+            joined = [np.concatenate(pair) for pair in zip(*fields, strict=True)]
+            assert_same([joined], [gold if name == "gold" else prompts])
+
+
+# Streams
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_processes_partition_every_batch_of_the_stream(encoder, frames, shards):
+    """Across an epoch's edge too: the rows do not divide by the batch, nor by the processes."""
+    make = lambda shard: pipeline.rollouts(frames, encoder, config(), seed=3, shard=shard)[0]  # noqa: E731
+    rows = pipeline.plan_rows(frames, 3, 3)
+    steps = 2 * len(rows) // 4 + 1
+    assert len(rows) % 4
+    parts = zip(*(take(make(pipeline.Shard(i, shards)), steps) for i in range(shards)), strict=True)
+    for whole, part in zip(take(make(pipeline.Shard()), steps), parts, strict=True):
+        for field, pieces in zip(leaves(whole), zip(*map(leaves, part), strict=True), strict=True):
+            np.testing.assert_array_equal(np.concatenate(pieces), field)
+
+
+@pytest.mark.parametrize("frames_in_batch", [3, 4, 5])
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(encoder, frames, frames_in_batch):
+    rows = pipeline.plan_rows(frames, 3, 7)
+    stream, _ = pipeline.rollouts(frames, encoder, config(frames=frames_in_batch), seed=7)
+    seen = list(rows_asked(take(stream, -(-4 * len(rows) // frames_in_batch))))
+    epochs = [seen[i * len(rows) :][: len(rows)] for i in range(4)]
+    assert all(Counter(epoch) == Counter(rows) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4 and rows not in epochs
+    asked = Counter((row.frame, index) for row in rows for index in row.records)
+    assert asked == Counter((i, j) for i, frame in enumerate(frames) for j in range(len(frame.records)))
+
+
+def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
+    def batches(seed, threads=2):
+        return take(pipeline.rollouts(frames, encoder, config(threads=threads), seed=seed)[0], 6)
+
+    first = batches(1)
+    assert_same(
+        [pair for batch in batches(1, threads=1) for pair in batch], [pair for batch in first for pair in batch]
+    )
+    assert list(rows_asked(batches(2))) != list(rows_asked(first))
+
+
+@pytest.mark.parametrize("kind", ["training", "rollouts"])
+def test_a_stream_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, frames, kind):
+    if kind == "training":
+        stream, _ = pipeline.training(frames, encoder, config(), pipeline.Targets(box_slack=0.4), seed=1)
+    else:
+        stream, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
+    steps = int(2.5 * len(pipeline.plan_rows(frames, 3, 1)) / 4)
+    assert steps >= 9
+    grain.experimental.assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(stream, steps))
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing_and_go_on_where_they_were(encoder, frames):
+    alone, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
+    helped, _ = pipeline.rollouts(frames, encoder, config(workers=2), seed=1)
+    want = take(alone, 9)
+    iterator = iter(helped)
+    assert_same([next(iterator) for _ in range(5)], want[:5])
+    again = iter(helped)
+    again.set_state(iterator.get_state())
+    assert_same([next(again) for _ in range(4)], want[5:])
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_a_remedy(encoder, frames):
+    rows = len(pipeline.plan_rows(frames, 3, 0))
+    pipeline.rollouts(frames, encoder, config(frames=rows), seed=0)
+    reason = rf"data: {rows} rows of frames do not fill a batch of {rows + 1}; lower data\.frames"
+    with pytest.raises(InputError, match=reason):
+        pipeline.rollouts(frames, encoder, config(frames=rows + 1), seed=0)
+    with pytest.raises(InputError, match=reason):
+        pipeline.training(frames, encoder, config(frames=rows + 1), pipeline.Targets(), seed=0)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(encoder, frames):
+    for make in (
+        lambda shard: pipeline.rollouts(frames, encoder, config(), seed=0, shard=shard),
+        lambda shard: pipeline.once(frames, encoder, config(), shard),
+    ):
+        with pytest.raises(InputError, match=r"data\.frames 4 cannot be shared out over 3 processes"):
+            make(pipeline.Shard(0, 3))
+
+
+# Rows and shapes
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 9), st.none() | st.integers(0, 9))
+def test_rows_share_the_questions_out_evenly(counts, questions, seed):
+    record = records.Record("q", "Idle", (0, 0, 1, 1), 1, None, "f:1")
+    frames = [records.Frame(f"s/{n}", "s", None, 1, 1, (record,) * count) for n, count in enumerate(counts)]
+    rows = pipeline.plan_rows(frames, questions, seed)
+    for number, count in enumerate(counts):
+        parts = [row.records for row in rows if row.frame == number]
+        assert sorted(index for part in parts for index in part) == list(range(count))
+        assert len(parts) == -(-count // questions)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    if seed is None:
+        assert [index for row in rows for index in row.records] == [i for count in counts for i in range(count)]
+
+
+def test_the_plan_is_the_tightest_that_holds_everything(encoder, frames):
+    stream, shape = pipeline.training(frames, encoder, config(frames=8, questions=9), pipeline.Targets(), seed=0)
+    batches = take(stream, 3)
+    lanes = np.concatenate([(batch.branch_segment_BJT > 0).any(-1).sum(-1) for batch in batches])
+    tokens = np.concatenate([(batch.branch_segment_BJT > 0).sum(-1).ravel() for batch in batches])
+    scored = np.concatenate([batch.score_weight_BL.sum(-1) for batch in batches])
+    assert lanes.max() == shape.lanes
+    assert shape.lane_tokens - 8 < tokens.max() <= shape.lane_tokens
+    assert shape.scored - 8 < scored.max() <= shape.scored
+    assert all(batch.prefix_mask_BP.sum(-1).max() > shape.prefix - 8 for batch in batches)
+
+
+def test_a_limit_spreads_over_the_split(frames):
+    root = frames[0].image.parents[2]
+    limited = pipeline.read(pipeline.Config(root=str(root), split="all", limit=3))
+    assert [frame.id for frame in limited] == [frames[0].id, frames[4].id, frames[8].id]
+    assert pipeline.read(pipeline.Config(root=str(root), split="all", limit=99)) == frames
+
+
+# What is taught
+
+
+def taught(encoder, frames, targets, seed=0):
+    """(frame number, record, wanted, parsed answer) of every branch."""
+    for number, frame in enumerate(frames):
+        for index, record in enumerate(frame.records):
+            branch = pipeline._branch(frame, encoder, targets, seed, number, index)
+            (want,) = (w for w in range(3) if encoder.prompt(record, w) == branch.prompt)
+            yield number, record, want, answer.parse(encoder.chat.decode(branch.completion), want=want)
+
+
+@pytest.mark.parametrize(
+    ("targets", "thinking", "wanted"),
+    [
+        (pipeline.Targets(), 1, (0, 0, 1)),
+        (pipeline.Targets(reasoning=0), 0, (0, 0, 1)),
+        (pipeline.Targets(reasoning=0.5, answer_only=0.2, box_only=0.3), 0.5, (0.2, 0.3, 0.5)),
+        (pipeline.Targets(answer_only=0.75, box_only=0.25), 1, (0.75, 0.25, 0)),
+    ],
+)
+def test_shares_of_reasoning_and_of_what_is_wanted(encoder, frames, targets, thinking, wanted):
+    rows = [row for seed in range(12) for row in taught(encoder, frames, targets, seed)]
+    assert len(rows) > 400 and all(parsed.format_ok for *_, parsed in rows)
+    assert np.mean([bool(parsed.think) for *_, parsed in rows]) == pytest.approx(thinking, abs=0.07)
+    for want in range(3):
+        assert np.mean([w == want for _, _, w, _ in rows]) == pytest.approx(wanted[want], abs=0.07)
+
+
+def test_more_than_the_whole_is_refused():
+    with pytest.raises(ValueError, match=r"answer_only 0\.6 and box_only 0\.5 are more than 1 together"):
+        pipeline.Targets(answer_only=0.6, box_only=0.5)
+
+
+def test_reasoning_of_the_data_replaces_ours(encoder, frames):
+    own = dataclasses.replace(frames[0].records[0], think="A teacher wrote this.")
+    frame = dataclasses.replace(frames[0], records=(own, *frames[0].records[1:]))
+    thoughts = [parsed.think for *_, parsed in taught(encoder, [frame], pipeline.Targets())]
+    assert thoughts == ["A teacher wrote this.", *(reasoning.write(frame, r) for r in frame.records[1:])]
+
+
+fractions = st.floats(0, 1)
+
+
+@settings(deadline=None, max_examples=300)
+@given(fractions, fractions, fractions, fractions, fractions, st.integers(0, 99))
+def test_a_coarse_box_holds_the_true_one_inside_the_frame(a, b, c, d, slack, seed):
+    box = (min(a, b), min(c, d), max(a, b), max(c, d))
+    x0, y0, x1, y1 = pipeline.coarse(box, slack, np.random.default_rng(seed))
+    assert 0 <= x0 <= box[0] and 0 <= y0 <= box[1] and box[2] <= x1 <= 1 and box[3] <= y1 <= 1
+    most = 1 + 1e-9
+    assert box[0] - x0 <= slack * (box[2] - box[0]) * most and y1 - box[3] <= slack * (box[3] - box[1]) * most
+
+
+def test_all_questions_about_an_instrument_are_taught_one_coarse_box(encoder, frames):
+    """Tool questions of the extended sets name the instrument in their answer."""
+    frame = max(frames, key=lambda f: len(f.records))
+    tool, box = next((r.tool, r.box) for r in frame.records if r.tool)
+    which = records.Record(vocabulary.ask(vocabulary.TOOL, "left-top"), tool, box, vocabulary.TOOL, None, "f:1")
+    frame = dataclasses.replace(frame, records=(*frame.records, which))
+    seen = {}
+    for seed in range(3):
+        targets = pipeline.Targets(reasoning=0, box_slack=0.5)
+        for index, record in enumerate(frame.records):
+            branch = pipeline._branch(frame, encoder, targets, seed, 0, index)
+            found = answer.parse(encoder.chat.decode(branch.completion), classes=vocabulary.EXTENDED_CLASSES)
+            seen.setdefault((seed, pipeline._instrument(record)), set()).add(found.box)
+    assert len(seen) >= 6 and all(len(boxes) == 1 for boxes in seen.values())
+    assert len(set(map(tuple, seen.values()))) > 3, "another seed, another box"
+
+
+def test_without_slack_the_boxes_are_exact(encoder, frames):
+    for number, record, _, parsed in taught(encoder, frames, pipeline.Targets()):
+        size = encoder.preprocessor.resized(frames[number].width, frames[number].height)
+        assert parsed.box == tuple(map(float, encoder.codec.encode(record.box, *size)))
+
+
+# Fingerprint
+
+
+def test_the_fingerprint_tells_any_change_of_labels_images_order_and_plan(tmp_path):
+    root = tmp_path / "data"
+    synth.write(root, frames=3, seed=0, size=(84, 56), sequences=("seq_2",))
+    label = sorted(root.glob("seq_2/vqla/label/*.txt"))[1]
+    image = sorted(root.glob("seq_2/left_frames/*"))[2]
+    first = pipeline.fingerprint(records.read(root))
+    assert first == pipeline.fingerprint(records.read(root)) and len(first) == 64
+    prints = {first, pipeline.fingerprint(records.read(root)[::-1]), pipeline.fingerprint(records.read(root)[:2])}
+    prints |= {pipeline.fingerprint(records.read(root), *plan) for plan in ((0,), (1,), (0, config()), (0, 4))}
+
+    text = label.read_bytes()
+    at = next(i for i in range(len(text) - 1, 0, -1) if text[i : i + 1].isdigit())
+    label.write_bytes(text[:at] + (b"1" if text[at : at + 1] != b"1" else b"2") + text[at + 1 :])
+    prints.add(pipeline.fingerprint(records.read(root)))
+    label.write_bytes(text)
+
+    data = image.read_bytes()
+    image.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    prints.add(pipeline.fingerprint(records.read(root)))
+    image.write_bytes(data)
+
+    frame, *rest = records.read(root)
+    for change in (
+        dict(answer="Idle" if frame.records[0].answer != "Idle" else "Cutting"),
+        dict(question="What?"),
+        dict(think="Because."),
+        dict(box=(0.0, 0.0, 0.5, np.nextafter(0.5, 1))),
+        dict(box=(0.0, 0.0, 0.5, 0.5)),
+    ):
+        record = dataclasses.replace(frame.records[0], **change)
+        changed = dataclasses.replace(frame, records=(record, *frame.records[1:]))
+        prints.add(pipeline.fingerprint([changed, *rest]))
+    assert len(prints) == 1 + 2 + 4 + 1 + 1 + 5
+    assert pipeline.fingerprint(records.read(root)) == first
+
+
+def test_no_place_on_disk_is_in_the_fingerprint(tmp_path):
+    for name in ("here", "there"):
+        synth.write(tmp_path / name, frames=2, seed=0, size=(84, 56), sequences=("seq_2",))
+    assert pipeline.fingerprint(records.read(tmp_path / "here")) == pipeline.fingerprint(
+        records.read(tmp_path / "there")
+    )
+
+
+def test_an_epoch_is_planned_without_opening_an_image(encoder, frames, monkeypatch):
+    monkeypatch.setattr(examples.images, "load", lambda path: pytest.fail(f"opened {path}"))
+    pipeline.training(frames, encoder, config(), pipeline.Targets(), seed=0)
+    pipeline.rollouts(frames, encoder, config(), seed=0)

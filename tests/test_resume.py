@@ -1,0 +1,249 @@
+"""A run that is stopped or killed and resumed is, bit for bit, the run that never was; and what a run folder keeps."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import toy
+
+from surgery_r1_jax import (
+    checkpoint,
+    errors,
+    evaluate,
+    grade,
+    grpo,
+    log,
+    optim,
+    pipeline,
+    run,
+    sampling,
+    sft,
+    sharding,
+)
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set and a start model."""
+    folder = tmp_path_factory.mktemp("resume")
+    toy.write_data(folder / "data", frames=10)
+    toy.write_model(folder / "start")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs use the first of the eight devices unless a test says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        yield
+
+
+def sft_settings(place, **changes):
+    settings = dict(
+        model=str(place / "start"),
+        data=pipeline.Config(root=str(place / "data"), frames=2, questions=2),
+        optimizer=optim.Config(learning_rate=1e-2),
+        schedule=run.Schedule(steps=STEPS, eval_every=3, save_every=100, log_every=1),
+        evaluation=evaluate.Config(frames=2, questions=3, limit=1, max_tokens=4),
+    )
+    return sft.Config(**(settings | changes))
+
+
+def grpo_settings(place, **changes):
+    return grpo.Config(
+        **sft_settings(place).model_dump(include={"data", "optimizer", "schedule", "evaluation"})
+        | dict(model=str(place / "start"), samples=2, minibatches=2, sampler=sampling.Config(max_tokens=4))
+        | changes
+    )
+
+
+def interrupt(patch, module, name, call, how):
+    """From now on, call number `call` of a function is interrupted by `how` as it begins."""
+    calls, function = [], getattr(module, name)
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            how()
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, counted)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+def whole(out, step):
+    """Every byte that a checkpoint holds: parameters, moments and counters, place in the data, meta."""
+    folder = out / "checkpoints" / str(step)
+    leaves = jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore((folder / "state").absolute()))
+    found = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    found |= {file.name: file.read_bytes() for file in (folder / "data").glob("*.json")}
+    return found | {"meta": (folder / "meta" / "metadata").read_bytes()}
+
+
+def lines(out):
+    """What the run logged, without the time it took."""
+    rows = log.read_metrics(out / "metrics.jsonl")
+    return [json.dumps({name: value for name, value in row.items() if name != "elapsed_s"}) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def sft_run(place):
+    """An uninterrupted run."""
+    sft.train(sft_settings(place), place / "sft")
+    return place / "sft"
+
+
+def test_sft_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, sft_run, tmp_path, monkeypatch):
+    settings = sft_settings(place)
+    with monkeypatch.context() as patch:
+        interrupt(patch, sft, "train_step", 2, terminate)
+        with pytest.raises(errors.Preempted, match=f"after step 2 of {STEPS}"):
+            sft.train(settings, tmp_path)
+    assert checkpoint.Checkpoints(tmp_path).latest() == 2
+    with monkeypatch.context() as patch:
+        # Step 3 is done, evaluated and logged, but not saved.
+        interrupt(patch, sft, "train_step", 2, kill)
+        with pytest.raises(Killed):
+            sft.train(settings, tmp_path, resume=True)
+    assert checkpoint.Checkpoints(tmp_path).latest() == 2 and len(lines(tmp_path)) == 4
+    sft.train(settings, tmp_path, resume=True)
+    assert whole(tmp_path, STEPS) == whole(sft_run, STEPS)
+    assert lines(tmp_path) == lines(sft_run)
+    assert [row["loss"] for row in log.read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+
+
+def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(place, sft_run, tmp_path, monkeypatch):
+    interrupt(monkeypatch, evaluate, "predict", 1, terminate)
+    with pytest.raises(errors.Preempted, match=f"after step 4 of {STEPS}"):
+        sft.train(sft_settings(place), tmp_path)
+    assert checkpoint.Checkpoints(tmp_path).latest() == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def uneven_rewards(monkeypatch):
+    """Untrained models never earn anything: half of their completions shall count as well formed."""
+    real = grade.grade
+
+    def graded(tokens_BJT, *rest):
+        found = real(tokens_BJT, *rest)
+        even_BJ = found.judged.valid & (tokens_BJT.sum(-1) % 2 == 0)
+        return found._replace(judged=found.judged._replace(format_ok=even_BJ))
+
+    monkeypatch.setattr(grade, "grade", graded)
+
+
+def test_grpo_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, tmp_path, monkeypatch, uneven_rewards):
+    settings, plain, broken = grpo_settings(place), tmp_path / "plain", tmp_path / "broken"
+    grpo.train(settings, plain)
+    with monkeypatch.context() as patch:
+        interrupt(patch, grpo, "update_step", 3, terminate)  # two updates a step
+        with pytest.raises(errors.Preempted, match=f"after step 2 of {STEPS}"):
+            grpo.train(settings, broken)
+    with monkeypatch.context() as patch:
+        interrupt(patch, grpo, "roll_out", 2, kill)
+        with pytest.raises(Killed):
+            grpo.train(settings, broken, resume=True)
+    grpo.train(settings, broken, resume=True)
+    assert whole(broken, STEPS) == whole(plain, STEPS)
+    assert lines(broken) == lines(plain)
+    assert (broken / "completions.jsonl").read_bytes() == (plain / "completions.jsonl").read_bytes()
+    rows = [row for row in log.read_metrics(plain / "metrics.jsonl") if row["split"] == "train"]
+    assert any(row["frac_reward_zero_std"] < 1 for row in rows) and rows[-1]["kl"] > 0
+
+    # The reference is the start; another one is another objective.
+    toy.write_model(tmp_path / "other", seed=1)
+    with pytest.raises(errors.InputError, match="not the reference model"):
+        grpo.train(grpo_settings(place, model=str(tmp_path / "other")), broken, resume=True)
+
+
+@pytest.mark.parametrize("file", ["vqla/label/frame000_QA.txt", "left_frames/frame000.png"])
+def test_changed_data_is_refused_with_both_fingerprints(place, sft_run, tmp_path, file):
+    shutil.copytree(place / "data", tmp_path / "data")
+    changed = tmp_path / "data" / "seq_2" / file
+    if changed.suffix == ".txt":
+        changed.write_text(changed.read_text().replace("kidney|1", "kidney|2", 1))
+    else:
+        shutil.copy(place / "data" / "seq_2" / "left_frames" / "frame001.png", changed)
+    settings = sft_settings(place)
+    data = settings.data.model_copy(update=dict(root=str(tmp_path / "data")))
+    before, after = (pipeline.fingerprint(pipeline.read(which)) for which in (settings.data, data))
+    with pytest.raises(errors.InputError) as refusal:
+        sft.train(sft_settings(place, data=data), sft_run, resume=True)
+    assert before[:12] in str(refusal.value) and after[:12] in str(refusal.value) and before != after
+
+
+def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(place, sft_run, tmp_path):
+    with pytest.raises(errors.InputError, match="add --resume, or choose another --out"):
+        sft.train(sft_settings(place), sft_run)
+    with pytest.raises(errors.InputError, match="no checkpoint to resume from"):
+        sft.train(sft_settings(place), tmp_path, resume=True)
+
+
+def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
+    rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
+    monkeypatch.setattr(evaluate, "score", lambda predictions: {"joint_rate": next(rates)})
+    schedule = run.Schedule(steps=STEPS, eval_every=1, save_every=1, log_every=1)
+    sft.train(sft_settings(place, schedule=schedule), tmp_path)
+    assert steps(tmp_path / "checkpoints") == [4, 5]
+    assert steps(tmp_path / "best") == [2]
+    assert checkpoint.Best(tmp_path).rate == 0.3
+    best, last = (checkpoint.load_model(tmp_path, which=which).params for which in ("best", "last"))
+    state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "5" / "state").absolute())
+    assert checkpoint.digest(last) == checkpoint.digest(state["params"]) != checkpoint.digest(best)
+
+
+def steps(folder):
+    return sorted(int(entry.name) for entry in folder.iterdir())
+
+
+def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_steps(tmp_path):
+    params = {"x": jax.numpy.arange(3.0)}
+    best = checkpoint.Best(tmp_path)
+    assert best.rate == -1
+    best.save(10, params, 0.4)
+    best.close()
+    again = checkpoint.Best(tmp_path)  # resumed from before step 10
+    assert again.rate == 0.4
+    again.save(7, params, 0.5)
+    again.close()
+    assert steps(tmp_path / "best") == [7] and checkpoint.Best(tmp_path).rate == 0.5
+
+
+def test_a_checkpoint_of_one_device_restores_onto_eight_with_equal_bytes(place, sft_run, monkeypatch):
+    settings = sft_settings(place, compute=run.Compute(mesh=(2, 2, 2)))
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()))
+    setup = run.prepare(sft_run, settings.model, settings.compute, settings, resume=True)
+    tx = optim.transformation(settings.optimizer, STEPS, setup.params)
+    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
+    frames = pipeline.read(settings.data)
+    data, _ = pipeline.training(frames, setup.runner.encoder, settings.data, settings.targets, seed=0)
+    target = run.abstract_state(abstract, run.state_shardings(abstract, setup))
+    state = checkpoint.Checkpoints(sft_run).restore(target, iter(data)).state
+    assert len(state.params["decoder"]["blocks"]["q"]["kernel"].sharding.device_set) == 8
+
+    there = ocp.StandardCheckpointer().restore((sft_run / "checkpoints" / str(STEPS) / "state").absolute())
+    here = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state._asdict())]
+    assert here == [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(there)]
+    loaded = checkpoint.load_model(sft_run, setup.runner.mesh, which="last")
+    assert checkpoint.digest(loaded.params) == checkpoint.digest(there["params"])
