@@ -254,9 +254,12 @@ def commands() -> dict[str, "_Parser"]:
     add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
 
     add = command(
-        "report", _report, "Make one page from the evaluations of some runs.", "runs/sft runs/grpo --out r.html"
+        "report",
+        _report,
+        "Make one page from the evaluations of some runs.",
+        "runs/sft/val.json runs/grpo/val.json --out report.html",
     )
-    add("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, in the order of the page")
+    add("run_dirs", type=Path, nargs="+", metavar="FILE.json", help="what `evaluate` wrote, in the order of the page")
     add("--out", type=Path, required=True, metavar="FILE", help="HTML page in one piece")
     add("--data", type=Path, metavar="DIR", help="data set with the frames (default: the one that was evaluated)")
     return table

@@ -66,7 +66,7 @@ def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     lengths = measure(frames, encoder)
     first = first_batch(settings, frames, encoder)
     job = memory.Job(settings, architecture, mesh, first)
-    stopping = list(problems(job))
+    stopping = problem(job)
     _section("tokens", "longest of the training frames", _token_rows(frames, encoder, lengths, job))
     _section("shapes", "of a batch on all devices", _shape_rows(job))
     _section("padding", "of the first batch", _padding_rows(first))
@@ -77,22 +77,23 @@ def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     how = "the compiled step" if exact else "estimated, within a factor of two"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     _section("memory", f"of a device, mesh {axes}, {how}", _memory_rows(needed))
+    print()
     for line in warnings(job, lengths, folder, encoder, needed):
         print(f"warning: {line}")
     if stopping:
-        raise errors.InputError("\n".join(f"{config_path}: {line}" for line in stopping))
+        raise errors.InputError(f"{config_path}: {stopping}")
     return 0
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> sft.Config | grpo.Config:
-    """The configuration as that of the program whose keys it has. Raises InputError with the fewer mistakes."""
+    """The configuration as that of the program whose keys it has; its mistakes are those of the closer program."""
     refusals = []
     for program in (grpo, sft):
         try:
             return config.load(program.Config, path, overrides)
         except errors.InputError as refusal:
             refusals.append(refusal)
-    raise min(refusals, key=lambda refusal: len(str(refusal).splitlines())) from None
+    raise min(refusals, key=lambda refusal: (str(refusal).count("unknown key"), str(refusal).count("\n"))) from None
 
 
 def mesh_of(shape: Sequence[int]) -> Mesh | AbstractMesh:
@@ -131,14 +132,14 @@ def first_batch(settings: sft.Config | grpo.Config, frames: Sequence[Frame], enc
     return next(iter(stream))
 
 
-def problems(job: memory.Job) -> Iterator[str]:
-    """What would stop the run."""
-    settings, devices = job.settings, job.frame_axes
-    frames = f"data.frames {settings.data.frames}"
-    if settings.data.frames % devices:
-        yield f"{frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
-    if settings.data.frames % job.parts:
-        yield f"{frames} does not divide into {job.parts} parts; change accumulate"
+def problem(job: memory.Job) -> str | None:
+    """What would stop the run, although the configuration is sound in itself."""
+    frames, devices = job.settings.data.frames, job.frame_axes
+    if frames % devices:
+        return (
+            f"data.frames {frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
+        )
+    return None
 
 
 def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
@@ -151,7 +152,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
             f"prefix and lane are {lengths.prefix} + {shape.lane_tokens} tokens, the model was made for {most}; "
             "lower max_pixels in preprocessor_config.json"
         )
-    if settings.data.frames % (job.parts * devices) and not settings.data.frames % job.parts:
+    if settings.data.frames % (job.parts * devices):
         yield f"a part of a batch has {settings.data.frames // job.parts} frames for {devices} devices; some will idle"
     if isinstance(job.mesh, AbstractMesh):
         yield f"the mesh is for {job.mesh.size} devices, here are {jax.device_count()}"
@@ -185,11 +186,11 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
 
 
 def _require(folder: Path, root: Path) -> None:
-    """Refuse missing folders and files, all of them at once."""
-    files = [folder / name for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")]
-    lines = [
-        f"{file}: missing; give a Hugging Face folder of a Qwen2.5-VL model" for file in files if not file.is_file()
-    ]
+    """Refuse missing files of the model and missing data, both at once."""
+    lines = []
+    needed = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        lines.append(f"{folder}: no {', no '.join(missing)}; give a Hugging Face folder of a Qwen2.5-VL model as model")
     if not root.is_dir():
         lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
     if lines:

@@ -114,6 +114,7 @@ def judge(settings: Config, judged: rewards.Judged, drawn: sampling.Rollout):
     right_BJ = earned.accuracy > 0.5
     stats = compared.stats | {
         "completions/mean_length": mean(length_BJ),
+        "completions/min_length": jnp.min(length_BJ, where=judged.valid, initial=settings.sampler.max_tokens),
         "completions/max_length": jnp.max(length_BJ),
         "completions/clipped_ratio": mean(truncated_BJ),
         "parse_failure_rate": mean((judged.answer < 0) | ~judged.box_ok),

@@ -93,13 +93,14 @@ def write(
 def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int:
     """The page about some evaluated runs, in their order; returns the exit status.
 
-    A run's folder holds predictions.jsonl; metrics.jsonl, its learning curve, if it was trained; and metrics.json, of
-    which "floors", "facts", "notes", "split" and "data" are taken, the last being the data set's folder where none
-    is given here. Without data the page has no pictures. Scores are counted afresh from the predictions.
+    A run is given by the FILE.json that `evaluate` wrote, with FILE.predictions.jsonl beside it, or by a folder with
+    metrics.json and predictions.jsonl; metrics.jsonl in the same folder is its learning curve, if it was trained. Of
+    the summary "floors", "facts", "notes", "split" and "data" are taken, the last being the data set's folder where
+    none is given here. Without data the page has no pictures. Scores are counted afresh from the predictions.
     """
     floors, facts, notes = {}, {}, {}
-    for folder in map(Path, run_dirs):
-        file = folder / "metrics.json"
+    runs = [_files(Path(given)) for given in run_dirs]
+    for _, file, _, _ in runs:
         known = _object(file, file.read_bytes()) if file.exists() else {}
         floors |= known.get("floors", {})
         facts |= {key: str(known[key]) for key in ("data", "split") if key in known} | known.get("facts", {})
@@ -108,8 +109,8 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     frames = {frame.id: frame for frame in records.read(data)} if data else {}
     write(
         out,
-        title="Surgery-R1: " + ", ".join(Path(folder).name for folder in run_dirs),
-        stages=[_stage(Path(folder)) for folder in run_dirs],
+        title="Surgery-R1: " + ", ".join(name for name, *_ in runs),
+        stages=[_stage(*files) for files in runs],
         floors=floors,
         images=lambda frame: images.load(frames[frame].image) if frame in frames else None,
         facts=facts,
@@ -118,14 +119,21 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     return 0
 
 
-def _stage(folder: Path) -> Stage:
-    """One run's folder as a stage."""
-    outcomes = metrics.from_predictions(folder / "predictions.jsonl", vocabulary.EXTENDED_CLASSES)
-    predictions = _lines(folder / "predictions.jsonl")
+def _files(given: Path) -> tuple[str, Path, Path, Path]:
+    """Name, summary, predictions and learning curve of a run given by its folder or its evaluation's file."""
+    if given.suffix == ".json":
+        folder = given.resolve().parent
+        return folder.name, given, given.with_suffix(".predictions.jsonl"), folder / "metrics.jsonl"
+    return given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl"
+
+
+def _stage(name: str, _: Path, file: Path, curve: Path) -> Stage:
+    """One run as a stage."""
+    outcomes = metrics.from_predictions(file, vocabulary.EXTENDED_CLASSES)
+    predictions = _lines(file)
     for row, iou in zip(predictions, outcomes.iou.tolist(), strict=True):
         row["iou"] = iou
-    curve = folder / "metrics.jsonl"
-    return Stage(folder.name, metrics.table(outcomes), predictions, _lines(curve) if curve.exists() else [])
+    return Stage(name, metrics.table(outcomes), predictions, _lines(curve) if curve.exists() else [])
 
 
 def _lines(file: Path) -> list[dict]:

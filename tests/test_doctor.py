@@ -10,6 +10,7 @@ import toy
 from flax import nnx
 
 from surgery_r1_jax import (
+    cli,
     codec,
     config,
     doctor,
@@ -144,12 +145,14 @@ def test_the_real_configurations_pass(real_folder, endoscopy, capsys, name):
     assert ("reference" in words) == name.startswith("grpo")
 
 
-def test_missing_model_and_data_are_both_named(capsys):
-    with pytest.raises(InputError) as refusal:
-        doctor.start(CONFIGS / "sft_3b.yaml")
-    lines = str(refusal.value).splitlines()
-    assert lines[0].startswith("checkpoints/Qwen2.5-VL-3B-Instruct/config.json: missing")
-    assert lines[-1].startswith("data/EndoVis-18-VQLA: no such folder")
+def test_missing_model_and_data_are_both_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "--config", str(CONFIGS / "sft_3b.yaml")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: checkpoints/Qwen2.5-VL-3B-Instruct: no config.json, no tokenizer_config.json, "
+        "no preprocessor_config.json; give a Hugging Face folder of a Qwen2.5-VL model as model",
+        "error: data/EndoVis-18-VQLA: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root",
+    ]
 
 
 def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(tmp_path):
@@ -165,14 +168,18 @@ def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(
 
 
 def test_what_would_stop_the_run_is_refused_after_the_report(tmp_path, toys, capsys):
-    path = toy_settings(tmp_path, toys, "accumulate: 3\ntargets: {reasoning: 1.0}\n")
+    path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\n")
     with pytest.raises(InputError) as refusal:
         doctor.start(path, ["--compute.mesh=[1, 3, 1]"])
-    assert str(refusal.value).splitlines() == [
-        f"{path}: data.frames 8 cannot be spread over 3 devices (data x fsdp); take a multiple of 3",
-        f"{path}: data.frames 8 does not divide into 3 parts; change accumulate",
-    ]
+    wanted = "data.frames 8 cannot be spread over 3 devices (data x fsdp); take a multiple of 3"
+    assert str(refusal.value) == f"{path}: {wanted}"
     assert "the mesh is for 3 devices, here are 8" in capsys.readouterr().out
+
+
+def test_a_rule_that_one_program_breaks_is_told_rather_than_the_keys_of_the_other(tmp_path, toys):
+    path = toy_settings(tmp_path, toys, "accumulate: 3\ntargets: {reasoning: 1.0}\n")
+    with pytest.raises(InputError, match=r"data\.frames 8 does not divide by accumulate 3"):
+        doctor.start(path)
 
 
 def test_what_would_spoil_the_run_is_a_warning(tmp_path, toys, capsys):

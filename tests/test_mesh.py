@@ -12,6 +12,7 @@ import toy
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from randomised import PAD, STOP
+from toy import quick_compile  # noqa: F401
 
 from surgery_r1_jax import errors, evaluate, grpo, model, optim, pipeline, run, sampling, sft, sharding
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 import randomised
 import toy
+from toy import quick_compile  # noqa: F401
 
 from surgery_r1_jax import errors, model, optim, pipeline, run, sft
 

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import toy
+from toy import quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     checkpoint,

@@ -10,6 +10,7 @@ import randomised
 import scipy.stats
 import toy
 from randomised import IMAGE, PAD, STOP, VISION_END, VISION_START
+from toy import quick_compile  # noqa: F401
 
 from surgery_r1_jax import grpo, model, objectives, pipeline, sampling
 from surgery_r1_jax.batch import padding_like

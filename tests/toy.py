@@ -1,7 +1,9 @@
 """A toy data set and a toy start model on disk, small enough for tests of whole runs."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from surgery_r1_jax import hf, model, synth, tiny
@@ -20,6 +22,14 @@ SIZES = tiny.Sizes(
     size=(84, 56),
     mrope_section=(2, 3, 3),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """For modules that import it: programs that run for milliseconds are not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def params(config, seed=0, spread=0.1):
