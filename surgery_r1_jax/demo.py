@@ -68,7 +68,7 @@ class Budget(NamedTuple):
 
 
 FULL = Budget(frames=5500, warmup_steps=300, sft_steps=450, grpo_steps=350, eval_frames=340)
-SMOKE = Budget(frames=1650, warmup_steps=200, sft_steps=160, grpo_steps=20, eval_frames=100)
+SMOKE = Budget(frames=2200, warmup_steps=220, sft_steps=220, grpo_steps=20, eval_frames=100)
 
 
 def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
@@ -113,7 +113,8 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
 def draw_frames(folder: Path, budget: Budget, seed: int) -> None:
     """Render the data set with all the machine's cores."""
     jobs = max(1, min(8, os.cpu_count() or 1))
-    synth.write(folder, frames=budget.frames, seed=seed, size=SIZE, max_tools=MAX_TOOLS, balance=BALANCE, jobs=jobs)
+    how = dict(size=SIZE, max_tools=MAX_TOOLS, balance=BALANCE, sequences=SEQUENCES, jobs=jobs)
+    synth.write(folder, frames=budget.frames, seed=seed, **how)
 
 
 def claim(out: Path, budget: Budget, seed: int) -> None:
@@ -335,7 +336,7 @@ def write_report(out: Path, stages, predictions, floors, watch: Stopwatch, budge
         },
         notes=[
             "The frames are synthetic, drawn with the label statistics of EndoVis-18-VQLA, instruments and states "
-            "more evenly than there. The model sees them at 140 x 112 pixels; here the same scenes are drawn larger.",
+            f"more evenly than there. The model sees them at {SIZE[0]} x {SIZE[1]} pixels; here the same scenes are larger.",
             "SFT was given boxes that are pushed outwards on purpose; GRPO was rewarded with the exact ones. SFT on "
             "exact boxes would learn them sooner: the demo shows the mechanism, not that RL beats supervision.",
             "The tower's warm-up stands in for a pretrained checkpoint. Rewards and prompts are a reconstruction of "

@@ -237,6 +237,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
+    take_step = run.keep_layout(functools.partial(update_step, runner.graph, tx, settings), shardings)
     saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
     first, scores = 0, {}
     if resume:
@@ -270,7 +271,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
                 ref_logp = reference_logp(runner.graph, settings, reference, batch, allowed_V)
             experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
             for part in list(range(settings.minibatches)) * settings.updates:
-                state, more = update_step(runner.graph, tx, settings, state, experience, allowed_V, np.int32(part))
+                state, more = take_step(state, experience, allowed_V, np.int32(part))
             stats |= more
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})

@@ -1,7 +1,7 @@
 """What every training run has, whatever it trains: folder, mesh, model, stop signal, and the test for bad numbers."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +91,15 @@ def state_shardings(state: optim.TrainState, setup: Setup) -> optim.TrainState:
         return next((by_path[end] for end in ends if end in by_path and leaf.ndim), everywhere)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def keep_layout(step: Callable, shardings: optim.TrainState) -> Callable:
+    """`step(state, ...) -> (state, statistics)`, jitted: the state is given away and comes back laid out as it was.
+
+    Left to itself the compiler lays the new state out as it likes: the second step would be compiled anew, and a
+    resumed run would add up in another order than one that never stopped.
+    """
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def check_sound(step: int, stats: dict, settings: Schedule) -> None:

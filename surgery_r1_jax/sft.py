@@ -104,6 +104,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
+    take_step = run.keep_layout(functools.partial(train_step, runner.graph, tx, settings=settings), shardings)
     saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
     first, scores = 0, {}
     if resume:
@@ -135,7 +136,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
         late = None  # statistics are read one step late, so that the device never waits for the log
         for step in range(first + 1, plan.steps + 1):
             batch = sharding.put_batch(next(data), runner.mesh)
-            state, stats = train_step(runner.graph, tx, state, batch, number_V, settings)
+            state, stats = take_step(state, batch, number_V)
             if late:
                 run.check_sound(step - 1, late, plan)
             if step % plan.log_every == 0 or step == plan.steps:

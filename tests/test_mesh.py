@@ -62,30 +62,54 @@ def largest_difference(ours, reference):
     return max(gaps)
 
 
+# Hands out zeros and keeps the gradients, so that they can be compared as they are.
+KEEP = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+)
+
+
 @pytest.fixture(scope="module")
-def sft_on(config, batch, meshes, placed):
+def started(config, meshes, placed):
+    """The state before the first step and its shardings, by number of devices."""
+    graph, abstract = model.build(config)
+
+    def start(devices, tx=KEEP):
+        mesh, params = meshes[devices], placed[devices]
+        runner = evaluate.Runner(graph, mesh, None, None, pipeline.Shard())
+        setup = run.Setup(runner, params, sharding.of_params(abstract, mesh), config)
+        shapes = jax.eval_shape(lambda p: optim.start(p, tx), params)
+        shardings = run.state_shardings(shapes, setup)
+        return jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(params), shardings
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def sft_on(config, batch, meshes, started):
     graph, _ = model.build(config)
 
     @functools.lru_cache
     def compute(devices, accumulate):
-        settings = sft.Config(model="-", accumulate=accumulate, data=pipeline.Config(root="-"))
-        step = jax.jit(lambda params, batch: sft.loss_and_gradients(graph, params, batch, NOTHING, settings))
-        return step(placed[devices], sharding.put_batch(batch, meshes[devices]))
+        settings = sft.Config(model="-", accumulate=accumulate, data=pipeline.Config(root="-", frames=8))
+        state, shardings = started(devices)
+        step = run.keep_layout(functools.partial(sft.train_step, graph, KEEP, settings=settings), shardings)
+        for _ in range(2):
+            state, stats = step(state, sharding.put_batch(batch, meshes[devices]), NOTHING)
+        assert step._cache_size() == 1, "the second step was compiled anew"
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+        return stats["loss"], state.opt_state, stats
 
     return compute
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(8, 2), (1, 4)])
-def test_sft_loss_and_gradients_do_not_depend_on_devices_or_parts(sft_on, devices, accumulate):
-    loss, gradients, stats = sft_on(devices, accumulate)
+def test_sft_loss_and_gradients_do_not_depend_on_devices_or_parts(sft_on):
+    loss, gradients, stats = sft_on(8, 2)
     want, want_gradients, want_stats = sft_on(1, 1)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert largest_difference(gradients, want_gradients) < 1e-5
     assert int(stats["num_tokens"]) == int(want_stats["num_tokens"]) == 84
     np.testing.assert_allclose(stats["mean_token_accuracy"], want_stats["mean_token_accuracy"], rtol=1e-6)
-    if devices == 8:
-        kernel = gradients["decoder"]["blocks"]["q"]["kernel"]
-        assert len(kernel.sharding.device_set) == 8
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +147,8 @@ def test_eight_devices_draw_the_same_tokens_as_one(rollout_on):
     np.testing.assert_allclose(one.logp_BJT, eight.logp_BJT, atol=1e-5)
 
 
-# Hands out zeros and keeps the gradients, so that they can be compared as they are.
-KEEP = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
-)
-
-
 @pytest.fixture(scope="module")
-def grpo_on(config, rollout_on, meshes, placed, settings):
+def grpo_on(config, rollout_on, meshes, started, settings):
     graph, _ = model.build(config)
     prompts, drawn = rollout_on(1)
     drawn = jax.tree.map(np.asarray, drawn)
@@ -148,17 +165,16 @@ def grpo_on(config, rollout_on, meshes, placed, settings):
 
     @functools.lru_cache
     def compute(devices, accumulate):
-        step = jax.jit(functools.partial(grpo.update, graph, KEEP, settings(accumulate)))
-        state = optim.start(placed[devices], KEEP)
+        state, shardings = started(devices)
+        step = run.keep_layout(functools.partial(grpo.update, graph, KEEP, settings(accumulate)), shardings)
         state, stats = step(state, sharding.put_batch(experience, meshes[devices]), ALLOWED)
         return state.opt_state, stats
 
     return compute
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(8, 2), (1, 4)])
-def test_a_grpo_update_does_not_depend_on_devices_or_parts(grpo_on, devices, accumulate):
-    gradients, stats = grpo_on(devices, accumulate)
+def test_a_grpo_update_does_not_depend_on_devices_or_parts(grpo_on):
+    gradients, stats = grpo_on(8, 4)
     want_gradients, want = grpo_on(1, 1)
     assert largest_difference(gradients, want_gradients) < 1e-5
     assert want["kl"] > 0.01 and 0 < want["clip_ratio/region_mean"] < 1
@@ -166,15 +182,27 @@ def test_a_grpo_update_does_not_depend_on_devices_or_parts(grpo_on, devices, acc
         np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_parts_are_groups_of_whole_frames_that_add_up_to_the_batch(parts):
+    frames = {"x": jnp.arange(1.0, 25.0).reshape(8, 3), "n": jnp.arange(8)}
+    seen = []
+
+    def function(part):
+        seen.append(part["x"].shape)
+        return {"total": part["x"].sum(), "most": part["n"].max()}
+
+    def join(a, b):
+        return {"total": a["total"] + b["total"], "most": jnp.maximum(a["most"], b["most"])}
+
+    found = run.sum_over_parts(function, frames, parts, join)
+    assert float(found["total"]) == 300 and int(found["most"]) == 7 and set(seen) == {(8 // parts, 3)}
+    assert float(run.sum_over_parts(lambda part: part["x"].sum(), frames, parts)) == 300
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_parameters_and_moments_are_spread_over_the_mesh(config, meshes, placed, kind):
-    graph, abstract = model.build(config)
-    mesh, params = meshes[8], placed[8]
-    runner = evaluate.Runner(graph, mesh, None, None, pipeline.Shard())
-    setup = run.Setup(runner, params, sharding.of_params(abstract, mesh), config)
-    tx = optim.transformation(optim.Config(kind=kind), 10, params)
-    shapes = jax.eval_shape(lambda p: optim.start(p, tx), params)
-    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=run.state_shardings(shapes, setup))(params)
+def test_parameters_and_moments_are_spread_over_the_mesh(placed, started, kind):
+    tx = optim.transformation(optim.Config(kind=kind), 10, placed[8])
+    state, _ = started(8, tx)
 
     def share(tree):
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]

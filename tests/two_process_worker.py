@@ -13,6 +13,8 @@ import jax
 
 from surgery_r1_jax import checkpoint, errors, evaluate, grpo, optim, pipeline, run, sampling, sft, sharding
 
+MAX_TOKENS = 4
+
 
 def settings(folder: Path, kind, steps: int, **more):
     """A short run on the folder's data; its optimiser is near plain descent, so that rounding is not blown up."""
@@ -21,14 +23,14 @@ def settings(folder: Path, kind, steps: int, **more):
         data=pipeline.Config(root=str(folder / "data"), frames=4, questions=2),
         optimizer=optim.Config(learning_rate=0.1, b1=0.0, eps=1.0, schedule="constant", warmup=0.0),
         schedule=run.Schedule(steps=steps, save_every=100, log_every=1),
-        evaluation=evaluate.Config(frames=4, questions=2, limit=3, max_tokens=4),
+        evaluation=evaluate.Config(frames=4, questions=2, limit=3, max_tokens=MAX_TOKENS),
         **more,
     )
 
 
 def grpo_settings(folder: Path):
     """One step of GRPO with a reference."""
-    return settings(folder, grpo.Config, 1, samples=2, sampler=sampling.Config(max_tokens=4))
+    return settings(folder, grpo.Config, 1, samples=2, sampler=sampling.Config(max_tokens=MAX_TOKENS))
 
 
 def answers(folder: Path) -> list[dict]:
@@ -37,20 +39,20 @@ def answers(folder: Path) -> list[dict]:
     loaded = checkpoint.load_model(folder / "start", mesh)
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
     data = pipeline.Config(root=str(folder / "data"), split="all", frames=4, questions=2, limit=5)
-    return evaluate.predict(runner, loaded.params, pipeline.read(data), data, 6)
+    return evaluate.predict(runner, loaded.params, pipeline.read(data), data, MAX_TOKENS)
 
 
 def stop_one_process(process: int) -> None:
     """Only the second process gets the signal, as it begins its second step."""
-    step, seen = sft.train_step, []
+    put_batch, seen = sharding.put_batch, []
 
     def counted(*arguments):
         seen.append(1)
         if process == 1 and len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
+        return put_batch(*arguments)
 
-    sft.train_step = counted
+    sharding.put_batch = counted  # once a step
 
 
 def main(folder: Path, process: int, port: str) -> None:
