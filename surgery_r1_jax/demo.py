@@ -336,7 +336,7 @@ def write_report(out: Path, stages, predictions, floors, watch: Stopwatch, budge
         },
         notes=[
             "The frames are synthetic, drawn with the label statistics of EndoVis-18-VQLA, instruments and states "
-            f"more evenly than there. The model sees them at {SIZE[0]} x {SIZE[1]} pixels; here the same scenes are larger.",
+            f"more evenly than there. The model sees {SIZE[0]} x {SIZE[1]} pixels; here the scenes are drawn larger.",
             "SFT was given boxes that are pushed outwards on purpose; GRPO was rewarded with the exact ones. SFT on "
             "exact boxes would learn them sooner: the demo shows the mechanism, not that RL beats supervision.",
             "The tower's warm-up stands in for a pretrained checkpoint. Rewards and prompts are a reconstruction of "
