@@ -184,7 +184,7 @@ def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls,
         ("data synth d --frames 1 --balance 1.5", "error: argument --balance: expected a number from 0 to 1"),
         ("data synth d --frames 1 --balance nan", "error: argument --balance: expected a number from 0 to 1"),
         ("ask --checkpoint k --image i", "error: the following arguments are required: QUESTION"),
-        ("report --out r.html", "error: the following arguments are required: RUN_DIR"),
+        ("report --out r.html", "error: the following arguments are required: FILE.json"),
     ],
 )
 def test_a_mistaken_argument_is_refused_in_one_line(calls, capsys, argv, message):

@@ -208,16 +208,34 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
 
 
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
-    rates = iter([0.1, 0.3, 0.2])
+    rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
     monkeypatch.setattr(evaluate, "score", lambda predictions: {"joint_rate": next(rates)})
-    schedule = run.Schedule(steps=3, eval_every=1, save_every=1, log_every=1)
+    schedule = run.Schedule(steps=STEPS, eval_every=1, save_every=1, log_every=1)
     sft.train(sft_settings(place, schedule=schedule), tmp_path)
-    assert steps(tmp_path / "checkpoints") == [2, 3]
+    assert steps(tmp_path / "checkpoints") == [4, 5]
     assert steps(tmp_path / "best") == [2]
     assert checkpoint.Best(tmp_path).rate == 0.3
     best, last = (checkpoint.load_model(tmp_path, which=which).params for which in ("best", "last"))
-    state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "3" / "state").absolute())
+    state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "5" / "state").absolute())
     assert checkpoint.digest(last) == checkpoint.digest(state["params"]) != checkpoint.digest(best)
+
+
+def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(place, tmp_path, monkeypatch):
+    put_batch, seen = sharding.put_batch, []
+
+    def spoilt(batch, mesh):
+        seen.append(1)
+        if len(seen) > 1:
+            batch = batch._replace(patches_BWSC=np.full_like(batch.patches_BWSC, np.inf))
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(sharding, "put_batch", spoilt)
+    schedule = run.Schedule(steps=STEPS, save_every=3, log_every=1)
+    with pytest.raises(errors.NumericError, match="step 4: loss or gradient was not finite 3 times in a row"):
+        sft.train(sft_settings(place, schedule=schedule), tmp_path)
+    state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "3" / "state").absolute())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert int(state["step"]) == 3 and int(state["skipped"]) == int(state["skipped_in_a_row"]) == 2
 
 
 def steps(folder):
