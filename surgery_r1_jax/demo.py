@@ -32,6 +32,7 @@ from surgery_r1_jax import (
     grid,
     grpo,
     hf,
+    layers,
     log,
     model,
     objectives,
@@ -53,7 +54,9 @@ SIZE = (112, 84)  # pixels of a frame, on disk and as the model sees it
 SEQUENCES = ("seq_1", "seq_6", *(name for name in synth.SEQUENCES if records.split_of(name) == "train"))
 MAX_TOOLS = 3
 BALANCE = 0.7
-MAX_TOKENS = 32
+MAX_TOKENS = 24  # the longest right completion has 18
+# On CPU it is quicker to compute a layer's activations again than to write them out and read them back.
+COMPUTE = run.Compute(remat=True, tower_remat=True)
 MARKER = "demo.json"
 
 
@@ -158,6 +161,7 @@ def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> sft.Config
             final=0.03,
             rates=optim.Rates(tower=0.1, merger=0.1),
         ),
+        compute=COMPUTE,
         schedule=run.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
         evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
     )
@@ -173,6 +177,7 @@ def grpo_settings(out: Path, budget: Budget, seed: int) -> grpo.Config:
         sampler=sampling.Config(max_tokens=MAX_TOKENS),
         objective=objectives.Config(beta=0.0),
         optimizer=optim.Config(learning_rate=3e-4, b2=0.99, warmup=0.02, schedule="linear"),
+        compute=COMPUTE,
         schedule=run.Schedule(steps=budget.grpo_steps, save_every=budget.grpo_steps),
         evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
     )
@@ -198,7 +203,7 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     folder = tiny.write_folder(out / "untrained", tiny.Sizes(size=SIZE))
     architecture = hf.read_config(folder)
     mesh = sharding.make_mesh()
-    runner = evaluate.runner_of(folder, architecture, mesh)
+    runner = evaluate.runner_of(folder, architecture, mesh, layers.Compute(tower_remat=True))
     params = model.init(architecture, seed)
     D = architecture.text.hidden_size
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(seed), (D, 4))}

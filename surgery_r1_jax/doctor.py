@@ -144,12 +144,14 @@ def problem(job: memory.Job) -> str | None:
 
 def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
     """What would not stop the run but spoil or slow it."""
-    settings, architecture, shape, devices = job.settings, job.architecture, job.shape, job.frame_axes
+    settings, architecture, devices = job.settings, job.architecture, job.frame_axes
     written = json.loads((folder / "config.json").read_text())
     most = written.get("max_position_embeddings") or written.get("text_config", {}).get("max_position_embeddings")
-    if most and lengths.prefix + shape.lane_tokens > most:
+    completion = settings.sampler.max_tokens if isinstance(settings, grpo.Config) else lengths.completion
+    if most and lengths.prefix + lengths.prompt + completion > most:
         yield (
-            f"prefix and lane are {lengths.prefix} + {shape.lane_tokens} tokens, the model was made for {most}; "
+            f"prefix, question and completion are {lengths.prefix} + {lengths.prompt} + {completion} tokens, the model "
+            f"was made for {most}; "
             "lower max_pixels in preprocessor_config.json"
         )
     if settings.data.frames % (job.parts * devices):

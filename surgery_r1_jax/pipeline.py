@@ -20,6 +20,8 @@ from surgery_r1_jax.batch import FrameBatch, Gold, Shape
 from surgery_r1_jax.examples import Branch, Encoder
 from surgery_r1_jax.records import Box, Frame, Record
 
+LONGEST_LANE = 3  # in longest branches
+
 
 class Config(config.Config):
     """Which frames are read and how they are batched."""
@@ -101,6 +103,18 @@ def plan_prefix(encoder: Encoder, frames: Sequence[Frame]) -> tuple[int, int]:
     return windows, round_up(max(len(encoder.prefix_ids([g])) for g in grids), 8)
 
 
+def plan_lanes(lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Number and length of lanes that hold the branches of every row with the fewest slots.
+
+    Longer lanes pack tighter but make every branch look past its neighbours; at most LONGEST_LANE branches' worth.
+    """
+    longest = max(map(max, lengths))
+    most = min(max(map(sum, lengths)), LONGEST_LANE * longest)
+    candidates = sorted({round_up(int(n), 8) for n in np.linspace(longest, max(longest, most), 16)})
+    plans = [(max(len(examples.pack(row, room)) for row in lengths), room) for room in candidates]
+    return min(plans, key=lambda plan: (plan[0] * plan[1], plan[1]))
+
+
 def training(
     frames: Sequence[Frame],
     encoder: Encoder,
@@ -116,13 +130,12 @@ def training(
         row: [_branch(frames[row.frame], encoder, targets, seed, row.frame, index) for index in row.records]
         for row in rows
     }
-    longest = max(len(b) for group in branches.values() for b in group)
-    lane_tokens = round_up(longest, 8)
     windows, prefix = plan_prefix(encoder, frames)
+    lanes, lane_tokens = plan_lanes([[len(b) for b in group] for group in branches.values()])
     shape = Shape(
         windows=windows,
         prefix=prefix,
-        lanes=max(len(examples.pack([len(b) for b in group], lane_tokens)) for group in branches.values()),
+        lanes=lanes,
         lane_tokens=lane_tokens,
         scored=round_up(max(sum(len(b.completion) for b in group) for group in branches.values()), 8),
     )
