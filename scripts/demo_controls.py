@@ -54,7 +54,7 @@ def main() -> None:
     plain = config.load(grpo.Config, out / "grpo" / "config.yaml")
     without = plain.model_copy(update={"reward": plain.reward.model_copy(update={"coherence_weight": 0.0})})
     controls = {
-        "coarse": lambda folder: sft.train(longer(out, 0.4, matched), folder),
+        "coarse": lambda folder: sft.train(longer(out, budget["box_slack"], matched), folder),
         "exact": lambda folder: sft.train(longer(out, 0.0, matched), folder),
         "no_coherence": lambda folder: grpo.train(without, folder),
     }

@@ -111,10 +111,15 @@ class Loaded(NamedTuple):
     folder: Path  # where its tokenizer and preprocessor files lie
 
 
+def folder_of(path: str | Path) -> Path:
+    """Where config, tokenizer and preprocessor files of a Hugging Face folder or a run folder lie."""
+    inside = Path(path) / "model"
+    return inside if (inside / "config.json").is_file() else Path(path)
+
+
 def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best") -> Loaded:
     """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none)."""
-    path = Path(path)
-    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    path, folder = Path(path), folder_of(path)
     settings = hf.read_config(folder)
     _, abstract = model.build(settings)
     shardings = None if mesh is None else sharding.of_params(abstract, mesh)

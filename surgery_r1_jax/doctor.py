@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from surgery_r1_jax import (
     answer,
     boxes,
+    checkpoint,
     config,
     errors,
     evaluate,
@@ -55,7 +56,7 @@ def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     settings = load(config_path, overrides)
     kind = "GRPO" if isinstance(settings, grpo.Config) else "SFT"
     print(f"{config_path}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
-    folder = Path(settings.model) / "model" if (Path(settings.model) / "model").is_dir() else Path(settings.model)
+    folder = checkpoint.folder_of(settings.model)
     _require(folder, Path(settings.data.root))
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
     encoder = evaluate.encoder_of(folder, architecture)

@@ -227,7 +227,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
     order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
     data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)
-    dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
+    dev = run.Dev(out, runner, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none.
     reference = jax.tree.map(jnp.copy, setup.params) if settings.objective.beta > 0 else None
@@ -238,8 +238,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(update_step, runner.graph, tx, settings), shardings)
-    saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
-    first, scores = 0, {}
+    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
         run.same_data(restored.meta, data_hash, out)
@@ -278,18 +277,14 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
             stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 journal.table(step, completions(graded, earned, frames, gold, settings))
-                predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
-                scores = evaluate.score(predictions)
-                journal.metrics(step, run.flat(scores), split=settings.evaluation.split)
-                if scores["joint_rate"] > best.rate:
-                    best.save(step, state.params, scores["joint_rate"])
+                scores = dev.score(step, state.params, journal)
             run.check_sound(step, stats, plan)
             if stopping or step == plan.steps or step % plan.save_every == 0:
                 saved.save(step, state, data, {"step": step, "data": data_hash, "reference": reference_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()
-    best.close()
+    dev.close()
     return scores
 
 

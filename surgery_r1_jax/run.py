@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from pydantic import Field
 
-from surgery_r1_jax import checkpoint, config, errors, evaluate, hf, layers, model, optim, pipeline, sharding
+from surgery_r1_jax import checkpoint, config, errors, evaluate, hf, layers, log, model, optim, pipeline, sharding
 
 
 class Compute(config.Config):
@@ -45,13 +45,9 @@ class Setup(NamedTuple):
 
 def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *, resume: bool) -> Setup:
     """Make the run folder and load the model that training starts from onto the mesh."""
-    loaded_folder = _source_folder(source)
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
-    architecture = hf.read_config(loaded_folder)
     mesh = sharding.make_mesh(compute.mesh)
-    _, abstract = model.build(architecture)
-    shardings = sharding.of_params(abstract, mesh)
     loaded = checkpoint.load_model(source, mesh)
     side = out / "model"
     if jax.process_index() == 0 and not resume:
@@ -59,7 +55,8 @@ def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *
         hf.copy_side_files(loaded.folder, side)
         config.save(settings, out / "config.yaml")
     how = layers.Compute(compute.dtype, compute.remat, compute.tower_remat, compute.query_chunk)
-    return Setup(evaluate.runner_of(loaded.folder, architecture, mesh, how), loaded.params, shardings, architecture)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, how)
+    return Setup(runner, loaded.params, jax.tree.map(lambda p: p.sharding, loaded.params), loaded.config)
 
 
 def sum_over_parts(function, batch, parts: int, add=None):
@@ -147,9 +144,26 @@ def dev_frames(data: pipeline.Config, settings: evaluate.Config) -> tuple[Sequen
     return pipeline.read(chosen), chosen
 
 
-def _source_folder(source: str) -> Path:
-    path = Path(source)
-    return path / "model" if (path / "model" / "config.json").is_file() else path
+class Dev:
+    """The dev split of a run: scores parameters on it, logs the scores, and keeps the best."""
+
+    def __init__(self, out: Path, runner: evaluate.Runner, data: pipeline.Config, settings: evaluate.Config):
+        self._runner, self._settings = runner, settings
+        self._frames, self._data = dev_frames(data, settings)
+        self._best = checkpoint.Best(out)
+
+    def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
+        """Greedy answers to all its questions, scored."""
+        predictions = evaluate.predict(self._runner, params, self._frames, self._data, self._settings.max_tokens)
+        scores = evaluate.score(predictions)
+        journal.metrics(step, flat(scores), split=self._settings.split)
+        if scores["joint_rate"] > self._best.rate:
+            self._best.save(step, params, scores["joint_rate"])
+        return scores
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        self._best.close()
 
 
 def same_data(meta: dict, data_hash: str, out: Path) -> None:

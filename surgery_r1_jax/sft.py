@@ -95,7 +95,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     )
     order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
     data, data_hash = iter(stream), pipeline.fingerprint(frames, *order, settings.targets)
-    dev, dev_settings = run.dev_frames(settings.data, settings.evaluation)
+    dev = run.Dev(out, runner, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
     )
@@ -105,23 +105,12 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     shardings = run.state_shardings(abstract, setup)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(train_step, runner.graph, tx, settings=settings), shardings)
-    saved, best = checkpoint.Checkpoints(out), checkpoint.Best(out)
-    first, scores = 0, {}
+    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
         run.same_data(restored.meta, data_hash, out)
         state, first = restored.state, int(restored.state.step)
 
-    def save(step):
-        saved.save(step, state, data, {"data": data_hash})
-
-    def evaluated(step):
-        predictions = evaluate.predict(runner, state.params, dev, dev_settings, settings.evaluation.max_tokens)
-        scores = evaluate.score(predictions)
-        journal.metrics(step, run.flat(scores), split=settings.evaluation.split)
-        return scores
-
-    is_main = jax.process_index() == 0
     with (
         run.StopSignal() as stop,
         log.RunLog(
@@ -129,7 +118,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
             total_steps=plan.steps,
             description="sft",
             resume_step=first if resume else None,
-            enabled=is_main,
+            enabled=jax.process_index() == 0,
             tensorboard=plan.tensorboard,
         ) as journal,
     ):
@@ -144,16 +133,14 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
             late = stats
             stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
-                scores = evaluated(step)
-                if scores["joint_rate"] > best.rate:
-                    best.save(step, state.params, scores["joint_rate"])
+                scores = dev.score(step, state.params, journal)
             if stopping or step == plan.steps or step % plan.save_every == 0:
                 run.check_sound(step, stats, plan)
-                save(step)
+                saved.save(step, state, data, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()
-    best.close()
+    dev.close()
     return scores
 
 
