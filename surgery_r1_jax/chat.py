@@ -17,12 +17,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
-import transformers
 
 from surgery_r1_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import transformers
 
 _CACHED_TEXTS = 1 << 18  # the short texts of a data set fit; beyond that they are encoded anew
 
@@ -150,9 +153,11 @@ class Chat:
         return ids
 
 
-def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
+def _load(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     if not folder.is_dir():  # transformers would take it for the name of a repository
         raise InputError(f"{folder}: no such folder; give the folder of a Qwen2.5-VL checkpoint")
+    import transformers  # seconds: a mistake in a configuration is answered before
+
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds on a bad folder
@@ -168,7 +173,7 @@ def _control_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
     }
 
 
-def _template(folder: Path, loaded: transformers.PreTrainedTokenizerBase) -> str:
+def _template(folder: Path, loaded: "transformers.PreTrainedTokenizerBase") -> str:
     """The template of the folder; the processor's, in a file of its own, goes before the tokenizer's."""
     file = folder / "chat_template.json"
     if file.exists() and not (folder / "chat_template.jinja").exists():

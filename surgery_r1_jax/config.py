@@ -11,7 +11,6 @@ Scalars are read by the YAML 1.2 core schema: `1e-5` is a number; `yes`, `off`, 
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar, get_args
 import pydantic
 import yaml
 
+from surgery_r1_jax import files
 from surgery_r1_jax.errors import InputError
 
 C = TypeVar("C", bound="Config")
@@ -82,9 +82,7 @@ def dump(config: Config) -> str:
 
 def save(config: Config, path: str | Path) -> None:
     """Write `dump(config)` to a file, whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(dump(config), encoding="utf-8")
-    os.replace(part, path)
+    files.write_text(path, dump(config))
 
 
 def keys(cls: type[Config], prefix: str = "") -> Iterator[str]:

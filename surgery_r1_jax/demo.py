@@ -9,7 +9,6 @@ outwards on purpose (GRPO is rewarded with the exact ones), at most three instru
 drawn more evenly than in EndoVis-18.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -29,6 +28,7 @@ from surgery_r1_jax import (
     checkpoint,
     errors,
     evaluate,
+    files,
     grid,
     grpo,
     hf,
@@ -71,7 +71,7 @@ class Budget(NamedTuple):
     box_slack: float  # how coarse SFT's boxes are: each side is pushed outwards by up to this share of the box
 
 
-FULL = Budget(frames=5500, warmup_steps=300, sft_steps=450, grpo_steps=300, eval_frames=340, box_slack=0.4)
+FULL = Budget(frames=5500, warmup_steps=300, sft_steps=450, grpo_steps=280, eval_frames=340, box_slack=0.4)
 # Too short for GRPO to sharpen boxes; SFT is given exact ones.
 SMOKE = Budget(frames=2200, warmup_steps=220, sft_steps=220, grpo_steps=5, eval_frames=100, box_slack=0.0)
 
@@ -106,9 +106,7 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
     checkpoint.export(out / "grpo", out / "hf")
 
     metrics = stages | {"floors": floors, "seconds": watch.laps | {"total": sum(watch.laps.values())}}
-    part = out / "metrics.json.part"
-    part.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(part, out / "metrics.json")
+    files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_report(out, stages, predictions, floors, watch, budget, seed)
     evaluate.print_scores(stages | floors, title=f"{stages['grpo']['n']} held-out questions")
     say(f"pictures: {out / 'report.html'}\ncheckpoint for transformers: {out / 'hf'}")
@@ -175,10 +173,10 @@ def grpo_settings(out: Path, budget: Budget, seed: int) -> grpo.Config:
         model=str(out / "sft"),
         seed=seed,
         samples=8,
-        data=pipeline.Config(root=str(out / "data"), frames=6, questions=2),
+        data=pipeline.Config(root=str(out / "data"), frames=8, questions=2),
         sampler=sampling.Config(max_tokens=MAX_TOKENS),
         objective=objectives.Config(beta=0.0),
-        optimizer=optim.Config(learning_rate=3e-4, b2=0.99, warmup=0.02, schedule="linear"),
+        optimizer=optim.Config(learning_rate=2e-4, b2=0.99, warmup=0.02, schedule="linear"),
         compute=COMPUTE,
         schedule=run.Schedule(steps=budget.grpo_steps, save_every=budget.grpo_steps),
         evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
@@ -190,10 +188,9 @@ def answers(folder: Path, frames, *, blank: bool = False) -> list[dict]:
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(folder, mesh)
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
-    if blank:
-        runner = runner._replace(encoder=dataclasses.replace(runner.encoder, blank=True))
     settings = pipeline.Config(root="", frames=32, questions=7)
-    return evaluate.predict(runner, loaded.params, frames, settings, MAX_TOKENS)
+    predict = evaluate.predict_blank if blank else evaluate.predict
+    return predict(runner, loaded.params, frames, settings, MAX_TOKENS)
 
 
 def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:

@@ -7,7 +7,6 @@ figure can be worked out again from it.
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from surgery_r1_jax import (
     config,
     errors,
     examples,
+    files,
     floors,
     grade,
     images,
@@ -202,7 +202,7 @@ def floor_metrics(train: Sequence[Frame], frames: Sequence[Frame]) -> dict:
 
 def write_predictions(path: Path, predictions: Sequence[dict]) -> None:
     """One JSON line a question."""
-    _write(path, "".join(json.dumps(row) + "\n" for row in predictions))
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in predictions))
 
 
 def run(
@@ -225,8 +225,8 @@ def run(
     from rich.progress import Progress
 
     out = Path(out).with_suffix("") if Path(out).suffix == ".json" else Path(out)
-    files = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
-    for file in files:  # before the work, not after it
+    targets = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
+    for file in targets:  # before the work, not after it
         if file.is_dir():
             raise errors.InputError(f"{file}: is a folder; name another file")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,10 @@ def run(
     if main:
         about = dict(checkpoint=str(checkpoint_dir), data=str(data), split=split, max_tokens=max_tokens, dtype=dtype)
         intervals = metrics.intervals(metrics.of_rows(predictions))
-        _write(files[0], json.dumps(about | scores | {"intervals": intervals, "floors": beside}, indent=2) + "\n")
-        write_predictions(files[1], predictions)
+        files.write_text(
+            targets[0], json.dumps(about | scores | {"intervals": intervals, "floors": beside}, indent=2) + "\n"
+        )
+        write_predictions(targets[1], predictions)
         print_scores({"model": scores} | beside, title=f"{split}: {scores['n']} questions")
     return 0
 
@@ -289,13 +291,6 @@ def _rows(given: Iterable[tuple[Frame, Record, Given]]) -> list[dict]:
     for row, iou in zip(rows, metrics.of_rows(rows).iou.tolist(), strict=True):
         row["iou"] = iou
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that it is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
 
 
 def _gather(found: dict[tuple[int, int], Given]) -> dict[tuple[int, int], Given]:

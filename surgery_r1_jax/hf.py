@@ -172,7 +172,10 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_
     written, total = [], 0
     for shard in _shards(tensors, max_shard_bytes):
         file = folder / f"{len(written)}.part"
+        file.touch()
+        mode = file.stat().st_mode  # safetensors makes files that only their owner can read
         safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(mode)
         written.append((file, list(shard)))
         total += sum(value.nbytes for value in shard.values())
     count, weight_map = len(written), {}

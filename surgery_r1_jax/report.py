@@ -8,7 +8,6 @@ by the template, and its control characters are spelt out.
 import functools
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from surgery_r1_jax import cards, charts, images, metrics, pictures, records, vocabulary
+from surgery_r1_jax import cards, charts, files, images, metrics, pictures, records, vocabulary
 from surgery_r1_jax.cards import Stage
 from surgery_r1_jax.errors import InputError
 
@@ -85,9 +84,7 @@ def write(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    files.write_text(path, page)
 
 
 def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int:

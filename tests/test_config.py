@@ -361,6 +361,7 @@ def test_the_module_stands_alone():
     assert {name for name in modules if name.startswith("surgery_r1_jax.")} == {
         "surgery_r1_jax.config",
         "surgery_r1_jax.errors",
+        "surgery_r1_jax.files",
     }
     assert not {"jax", "numpy", "transformers"} & set(modules)
     assert importlib.import_module("surgery_r1_jax.config") is config
