@@ -32,7 +32,6 @@ from surgery_r1_jax import (
     grid,
     grpo,
     hf,
-    layers,
     log,
     model,
     objectives,
@@ -42,6 +41,7 @@ from surgery_r1_jax import (
     report,
     run,
     sampling,
+    scene,
     sft,
     sharding,
     synth,
@@ -52,8 +52,8 @@ from surgery_r1_jax import (
 SIZE = (112, 84)  # pixels of a frame, on disk and as the model sees it
 # One sequence to report, one to choose by, the rest to train on: the fewer frames are drawn for nothing.
 SEQUENCES = ("seq_1", "seq_6", *(name for name in synth.SEQUENCES if records.split_of(name) == "train"))
-MAX_TOOLS = 3
 BALANCE = 0.7
+MOST_TOOLS = 3
 MAX_TOKENS = 20  # the longest right completion has 18
 # On CPU it is quicker to compute a layer's activations again than to write them out and read them back.
 COMPUTE = run.Compute(remat=True, tower_remat=True)
@@ -68,12 +68,32 @@ class Budget(NamedTuple):
     sft_steps: int
     grpo_steps: int
     eval_frames: int
+    max_tools: int  # instruments in a frame
     box_slack: float  # how coarse SFT's boxes are: each side is pushed outwards by up to this share of the box
+    tower_rate: float  # share of SFT's learning rate that the tower gets
 
 
-FULL = Budget(frames=5500, warmup_steps=300, sft_steps=450, grpo_steps=280, eval_frames=340, box_slack=0.4)
-# Too short for GRPO to sharpen boxes; SFT is given exact ones.
-SMOKE = Budget(frames=2200, warmup_steps=220, sft_steps=220, grpo_steps=5, eval_frames=100, box_slack=0.0)
+FULL = Budget(
+    frames=5500,
+    warmup_steps=300,
+    sft_steps=450,
+    grpo_steps=280,
+    eval_frames=340,
+    max_tools=3,
+    box_slack=0.4,
+    tower_rate=0.1,  # warmed up, it moves slowly: muon's steps are as large for noise as for signal
+)
+# Too short to tell instruments apart or for GRPO to sharpen boxes: one instrument a frame, and SFT has exact boxes.
+SMOKE = Budget(
+    frames=1600,
+    warmup_steps=140,
+    sft_steps=190,
+    grpo_steps=5,
+    eval_frames=120,
+    max_tools=1,
+    box_slack=0.0,
+    tower_rate=0.5,
+)
 
 
 def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
@@ -116,7 +136,7 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
 def draw_frames(folder: Path, budget: Budget, seed: int) -> None:
     """Render the data set with all the machine's cores."""
     jobs = max(1, min(8, os.cpu_count() or 1))
-    how = dict(size=SIZE, max_tools=MAX_TOOLS, balance=BALANCE, sequences=SEQUENCES, jobs=jobs)
+    how = dict(size=SIZE, max_tools=budget.max_tools, balance=BALANCE, sequences=SEQUENCES, jobs=jobs)
     synth.write(folder, frames=budget.frames, seed=seed, **how)
 
 
@@ -152,14 +172,13 @@ def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> sft.Config
         smoothing_sigma=1.5,
         data=pipeline.Config(root=str(out / "data"), frames=16, questions=4),
         targets=pipeline.Targets(box_slack=budget.box_slack),
-        # The warmed-up tower moves slowly: muon's steps are as large for noise as for signal.
         optimizer=optim.Config(
             kind="muon",
             learning_rate=0.015,
             warmup=0.05,
             hold=0.3,
             final=0.03,
-            rates=optim.Rates(tower=0.1, merger=0.1),
+            rates=optim.Rates(tower=budget.tower_rate, merger=budget.tower_rate),
         ),
         compute=COMPUTE,
         schedule=run.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
@@ -187,7 +206,7 @@ def answers(folder: Path, frames, *, blank: bool = False) -> list[dict]:
     """Greedy answers of a checkpoint to every question of these frames."""
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(folder, mesh)
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, COMPUTE.of_layers())
     settings = pipeline.Config(root="", frames=32, questions=7)
     predict = evaluate.predict_blank if blank else evaluate.predict
     return predict(runner, loaded.params, frames, settings, MAX_TOKENS)
@@ -202,7 +221,7 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     folder = tiny.write_folder(out / "untrained", tiny.Sizes(size=SIZE))
     architecture = hf.read_config(folder)
     mesh = sharding.make_mesh()
-    runner = evaluate.runner_of(folder, architecture, mesh, layers.Compute(tower_remat=True))
+    runner = evaluate.runner_of(folder, architecture, mesh, COMPUTE.of_layers())
     params = model.init(architecture, seed)
     D = architecture.text.hidden_size
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(seed), (D, 4))}
@@ -220,7 +239,9 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     state = jax.jit(lambda tree: optim.start(tree, tx))(learning)
     with log.RunLog(out / "warm_up", total_steps=budget.warmup_steps, description="warm-up") as journal:
         for step, (prompts, gold) in zip(range(1, budget.warmup_steps + 1), stream, strict=False):
-            tips = batch.stack([tip_targets(train[n], runner.encoder, seed) for n in gold.frame_B])
+            tips = batch.stack(
+                [tip_targets(train[n], scene_of(train[n].id, budget, seed), runner.encoder) for n in gold.frame_B]
+            )
             placed = sharding.put_batch((prompts, tips), mesh)
             state, stats = warm_up_step(runner.graph, tx, state, rest, *placed, words)
             if step % 10 == 0:
@@ -230,7 +251,7 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
 
 
 class Tips(NamedTuple):
-    """Where the instruments' tips are and what they are; at most MAX_TOOLS a frame, [B, I] unless said otherwise."""
+    """Where the instruments' tips are and what they are; [B, I], padded to MOST_TOOLS a frame."""
 
     unit_BI: np.ndarray  # int32 merged unit in the tower's order
     tool_BI: np.ndarray  # int32 index into vocabulary.TOOLS
@@ -240,16 +261,20 @@ class Tips(NamedTuple):
     valid_BI: np.ndarray
 
 
-def tip_targets(frame: records.Frame, encoder, seed: int) -> Tips:
+def scene_of(frame_id: str, budget: Budget, seed: int) -> scene.Scene:
+    """The scene that a frame was drawn from."""
+    return synth.scene_of(seed, frame_number(frame_id), max_tools=budget.max_tools, balance=BALANCE)
+
+
+def tip_targets(frame: records.Frame, drawn: scene.Scene, encoder) -> Tips:
     """What the warm-up asks of a frame: the scene that it was drawn from says where the tips are."""
-    scene = synth.scene_of(seed, frame_number(frame.id), max_tools=MAX_TOOLS, balance=BALANCE)
     boxes = {record.tool: record.box for record in frame.records if record.tool}
     places = {record.tool: record.answer for record in frame.records if record.kind == vocabulary.LOCATION}
     merge = encoder.preprocessor.merge_size
     rows, cols = (n // merge for n in encoder.patch_grid(frame))
     unit_of_token = grid.arrange([encoder.patch_grid(frame)], side=encoder.window_side, merge=merge).unit_of_token
-    tips = Tips(*(np.zeros((MAX_TOOLS, *more), kind) for kind, more in _TIP_FIELDS))
-    for i, instrument in enumerate(scene.instruments):
+    tips = Tips(*(np.zeros((MOST_TOOLS, *more), kind) for kind, more in _TIP_FIELDS))
+    for i, instrument in enumerate(drawn.instruments):
         x, y = instrument.tip
         row, col = min(int(y * rows), rows - 1), min(int(x * cols), cols - 1)
         middle = np.array([col + 0.5, row + 0.5] * 2) / [cols, rows, cols, rows]
@@ -322,8 +347,7 @@ def write_report(out: Path, stages, predictions, floors, watch: Stopwatch, budge
     """The page of pictures; frames are drawn again, larger than the model sees them."""
 
     def picture(frame_id):
-        scene = synth.scene_of(seed, frame_number(frame_id), max_tools=MAX_TOOLS, balance=BALANCE)
-        return synth.draw(scene, (480, 384))[0]
+        return synth.draw(scene_of(frame_id, budget, seed), (480, 384))[0]
 
     if budget.box_slack:
         boxes = (
@@ -331,7 +355,7 @@ def write_report(out: Path, stages, predictions, floors, watch: Stopwatch, budge
             "exact boxes would learn them sooner: the demo shows the mechanism, not that RL beats supervision."
         )
     else:
-        boxes = f"A smoke run: SFT was given exact boxes, and the {budget.grpo_steps} steps of GRPO show no effect."
+        boxes = "A smoke run: one instrument a frame, exact boxes for SFT, and too few steps of GRPO to show an effect."
     curve = lambda name: log.read_metrics(out / name / "metrics.jsonl") if name != "base" else []  # noqa: E731
     report.write(
         out / "report.html",

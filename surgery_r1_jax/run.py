@@ -22,6 +22,10 @@ class Compute(config.Config):
     query_chunk: int | None = Field(None, ge=1)
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
 
+    def of_layers(self) -> layers.Compute:
+        """What of it the layers know."""
+        return layers.Compute(**self.model_dump(exclude={"mesh"}))
+
 
 class Schedule(config.Config):
     """How long, how often."""
@@ -54,8 +58,7 @@ def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *
         side.mkdir(parents=True, exist_ok=True)
         hf.copy_side_files(loaded.folder, side)
         config.save(settings, out / "config.yaml")
-    how = layers.Compute(compute.dtype, compute.remat, compute.tower_remat, compute.query_chunk)
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, how)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute.of_layers())
     return Setup(runner, loaded.params, jax.tree.map(lambda p: p.sharding, loaded.params), loaded.config)
 
 
