@@ -200,7 +200,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each side (default 3)")
     parser.add_argument("--out", help="also write the rows as JSON")
     args = parser.parse_args()
-    rows = [compare(case, args.repeats) for case in CASES]
+    rows = []
+    for case in CASES:
+        rows.append(compare(case, args.repeats))
+        print({name: round(x, 3) if isinstance(x, float) else x for name, x in rows[-1].items()}, flush=True)
     table = Table(*("program", "vision tokens", "branches", "flat s", "shared s", "speed-up", "FLOP bound"))
     for name in ("of bound", "flat MiB", "shared MiB", "memory ratio"):
         table.add_column(name, justify="right")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import randomised
+from toy import quick_compile  # noqa: F401
 
 from surgery_r1_jax import layers, model, scoring
 from surgery_r1_jax.batch import padding_like
