@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from surgery_r1_jax import decoder, grid, grpo, layers, model, optim, pipeline, run, sampling, sft, vision
+from surgery_r1_jax import decoder, grid, grpo, model, optim, options, sft, vision
 from surgery_r1_jax.batch import FrameBatch
 
 IMAGE, QUESTION, COMPLETION, TEXT = 1, 20, 64, 24  # image id; tokens of a question, a completion, a system prompt
@@ -55,7 +55,7 @@ ARCHITECTURE = model.Config(
         fullatt_block_indexes=(7,),
     ),
 )
-COMPUTE = layers.Compute(remat=True, tower_remat=True, query_chunk=256)
+COMPUTE = options.Compute(remat=True, tower_remat=True, query_chunk=256)
 
 
 class Case(NamedTuple):
@@ -136,16 +136,16 @@ def program(case: Case, batch: FrameBatch):
     """The compiled step and its arguments behind the state."""
     graph, abstract = model.build(ARCHITECTURE, COMPUTE)
     params = model.init(ARCHITECTURE, 0)
-    data = pipeline.Config(root="", frames=batch.prefix_ids_BP.shape[0])
-    plan = run.Schedule(steps=100)
+    data = options.Data(root="", frames=batch.prefix_ids_BP.shape[0])
+    plan = options.Schedule(steps=100)
     if case.program == "sft":
-        settings = sft.Config(model="", data=data, schedule=plan)
+        settings = options.SFT(model="", data=data, schedule=plan)
         tx = optim.transformation(settings.optimizer, 100, params)
         static, rest = (graph, tx), (batch, None, settings)
         lowered = sft.train_step.lower(*static, optim.start(params, tx), *rest)
         dynamic = (batch, None)
     else:
-        settings = grpo.Config(model="", data=data, schedule=plan, sampler=sampling.Config(max_tokens=COMPLETION))
+        settings = options.GRPO(model="", data=data, schedule=plan, sampler=options.Sampler(max_tokens=COMPLETION))
         tx = optim.transformation(settings.optimizer, 100, params)
         shape = (*batch.branch_ids_BJT.shape[:2], COMPLETION)
         count = shape[0] * shape[1]

@@ -14,7 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
-from surgery_r1_jax import cli, config, demo, evaluate, grpo, log, records, sft
+from surgery_r1_jax import cli, config, demo, evaluate, grpo, log, options, records, sft
 
 
 def seconds_of(folder: Path) -> tuple[int, float]:
@@ -23,9 +23,9 @@ def seconds_of(folder: Path) -> tuple[int, float]:
     return rows[-1]["step"] - rows[0]["step"], rows[-1]["elapsed_s"] - rows[0]["elapsed_s"]
 
 
-def longer(out: Path, slack: float, steps: int) -> sft.Config:
+def longer(out: Path, slack: float, steps: int) -> options.SFT:
     """The demo's SFT, started from its own result."""
-    settings = config.load(sft.Config, out / "sft" / "config.yaml")
+    settings = config.load(options.SFT, out / "sft" / "config.yaml")
     optimizer = settings.optimizer.model_copy(update={"learning_rate": settings.optimizer.learning_rate / 3})
     return settings.model_copy(
         update={
@@ -51,7 +51,7 @@ def main() -> None:
     grpo_steps, grpo_seconds = seconds_of(out / "grpo")
     sft_steps, sft_seconds = seconds_of(out / "sft")
     matched = round(grpo_seconds / (sft_seconds / sft_steps))
-    plain = config.load(grpo.Config, out / "grpo" / "config.yaml")
+    plain = config.load(options.GRPO, out / "grpo" / "config.yaml")
     without = plain.model_copy(update={"reward": plain.reward.model_copy(update={"coherence_weight": 0.0})})
     controls = {
         "coarse": lambda folder: sft.train(longer(out, budget["box_slack"], matched), folder),

@@ -8,9 +8,9 @@ from surgery_r1_jax import (
     errors,
     evaluate,
     images,
+    options,
     pictures,
     pipeline,
-    sampling,
     sharding,
     vocabulary,
 )
@@ -42,9 +42,9 @@ def run(
     record = Record(question, answer="", box=NOWHERE, kind=kind, tool=None, source=str(image))
     frame = Frame("asked", "asked", Path(image), *picture.size, (record,))
     # One frame fills one place of the mesh; the others hold padding.
-    settings = pipeline.Config(root="", frames=mesh.shape["data"] * mesh.shape["fsdp"], questions=1, threads=1)
+    settings = options.Data(root="", frames=mesh.shape["data"] * mesh.shape["fsdp"], questions=1, threads=1)
     ((prompts, _),) = pipeline.once([frame], runner.encoder, settings)[0]
-    greedy = sampling.Config(max_tokens=max_tokens, temperature=0.0)
+    greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     drawn = evaluate.decode(runner.graph, loaded.params, sharding.put_batch(prompts, mesh), runner.vocabulary, greedy)
     text = runner.encoder.chat.decode(drawn.tokens_BJT[0, 0])
     parsed = answer.parse(text, truncated=not bool(drawn.stopped_BJ[0, 0]))

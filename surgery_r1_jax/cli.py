@@ -100,18 +100,24 @@ def _init(args: argparse.Namespace) -> None:
     print(f"untrained tiny model written to {fresh.write(args.hf_dir, seed=args.seed)}")
 
 
-def _sft(args: argparse.Namespace) -> int | None:
+def _sft(args: argparse.Namespace) -> None:
+    from surgery_r1_jax import config, options
+
+    settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
     start_devices()
     from surgery_r1_jax import sft
 
-    return sft.start(args.config, args.out, resume=args.resume, overrides=args.overrides)
+    sft.train(settings, args.out, resume=args.resume)
 
 
-def _grpo(args: argparse.Namespace) -> int | None:
+def _grpo(args: argparse.Namespace) -> None:
+    from surgery_r1_jax import config, options
+
+    settings = config.load(options.GRPO, args.config, args.overrides)
     start_devices()
     from surgery_r1_jax import grpo
 
-    return grpo.start(args.config, args.out, resume=args.resume, overrides=args.overrides)
+    grpo.train(settings, args.out, resume=args.resume)
 
 
 def _evaluate(args: argparse.Namespace) -> int | None:
@@ -147,10 +153,13 @@ def _ask(args: argparse.Namespace) -> int | None:
 
 
 def _doctor(args: argparse.Namespace) -> int | None:
+    from surgery_r1_jax import options
+
+    settings = options.load(args.config, args.overrides)
     start_devices()
     from surgery_r1_jax import doctor
 
-    return doctor.start(args.config, args.overrides)
+    return doctor.start(settings, args.config)
 
 
 def _report(args: argparse.Namespace) -> int | None:

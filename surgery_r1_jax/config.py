@@ -1,7 +1,7 @@
 """YAML files to typed, frozen configurations, and back.
 
-A module that can be configured defines `class Config(config.Config)` with its own keys; a program's
-configuration nests those of its parts as sections. Every mistake is refused with its place and a remedy:
+`options.py` holds the classes; a program's nests those of its parts as sections. Every mistake is refused with its
+place and a remedy:
 
     configs/sft.yaml:7: unknown key 'optim.leraning_rate'; did you mean 'optim.learning_rate'?
 

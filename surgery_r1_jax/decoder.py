@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from surgery_r1_jax import attention, layers
+from surgery_r1_jax import attention, layers, options
 from surgery_r1_jax.attention import Keys, Queries
 
 
@@ -92,7 +92,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """The stack of layers and the final norm."""
 
-    def __init__(self, config: Config, compute: layers.Compute, *, rngs):
+    def __init__(self, config: Config, compute: options.Compute, *, rngs):
         self.config, self.compute = config, compute
         self.blocks = Block(config, rngs=rngs, stack=config.num_hidden_layers)
         self.norm = layers.RMSNorm(config.hidden_size, rngs=rngs, eps=config.rms_norm_eps)

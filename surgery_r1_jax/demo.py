@@ -34,13 +34,11 @@ from surgery_r1_jax import (
     hf,
     log,
     model,
-    objectives,
     optim,
+    options,
     pipeline,
     records,
     report,
-    run,
-    sampling,
     scene,
     sft,
     sharding,
@@ -56,7 +54,7 @@ BALANCE = 0.7
 MOST_TOOLS = 3
 MAX_TOKENS = 20  # the longest right completion has 18
 # On CPU it is quicker to compute a layer's activations again than to write them out and read them back.
-COMPUTE = run.Compute(remat=True, tower_remat=True)
+COMPUTE = options.Compute(remat=True, tower_remat=True)
 MARKER = "demo.json"
 
 
@@ -164,41 +162,41 @@ class Stopwatch:
         self.laps[name], self._since = round(now - self._since, 1), now
 
 
-def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> sft.Config:
+def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> options.SFT:
     """SFT on coarse boxes."""
-    return sft.Config(
+    return options.SFT(
         model=str(base),
         seed=seed,
         smoothing_sigma=1.5,
-        data=pipeline.Config(root=str(out / "data"), frames=16, questions=4),
-        targets=pipeline.Targets(box_slack=budget.box_slack),
-        optimizer=optim.Config(
+        data=options.Data(root=str(out / "data"), frames=16, questions=4),
+        targets=options.Targets(box_slack=budget.box_slack),
+        optimizer=options.Optimizer(
             kind="muon",
             learning_rate=0.015,
             warmup=0.05,
             hold=0.3,
             final=0.03,
-            rates=optim.Rates(tower=budget.tower_rate, merger=budget.tower_rate),
+            rates=options.Rates(tower=budget.tower_rate, merger=budget.tower_rate),
         ),
         compute=COMPUTE,
-        schedule=run.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
-        evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
+        schedule=options.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
+        evaluation=options.Evaluation(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
     )
 
 
-def grpo_settings(out: Path, budget: Budget, seed: int) -> grpo.Config:
+def grpo_settings(out: Path, budget: Budget, seed: int) -> options.GRPO:
     """GRPO from the SFT model, rewarded with the exact boxes."""
-    return grpo.Config(
+    return options.GRPO(
         model=str(out / "sft"),
         seed=seed,
         samples=8,
-        data=pipeline.Config(root=str(out / "data"), frames=8, questions=2),
-        sampler=sampling.Config(max_tokens=MAX_TOKENS),
-        objective=objectives.Config(beta=0.0),
-        optimizer=optim.Config(learning_rate=2e-4, b2=0.99, warmup=0.02, schedule="linear"),
+        data=options.Data(root=str(out / "data"), frames=8, questions=2),
+        sampler=options.Sampler(max_tokens=MAX_TOKENS),
+        objective=options.Objective(beta=0.0),
+        optimizer=options.Optimizer(learning_rate=2e-4, b2=0.99, warmup=0.02, schedule="linear"),
         compute=COMPUTE,
-        schedule=run.Schedule(steps=budget.grpo_steps, save_every=budget.grpo_steps),
-        evaluation=evaluate.Config(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
+        schedule=options.Schedule(steps=budget.grpo_steps, save_every=budget.grpo_steps),
+        evaluation=options.Evaluation(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
     )
 
 
@@ -206,8 +204,8 @@ def answers(folder: Path, frames, *, blank: bool = False) -> list[dict]:
     """Greedy answers of a checkpoint to every question of these frames."""
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(folder, mesh)
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, COMPUTE.of_layers())
-    settings = pipeline.Config(root="", frames=32, questions=7)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, COMPUTE)
+    settings = options.Data(root="", frames=32, questions=7)
     predict = evaluate.predict_blank if blank else evaluate.predict
     return predict(runner, loaded.params, frames, settings, MAX_TOKENS)
 
@@ -221,7 +219,7 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     folder = tiny.write_folder(out / "untrained", tiny.Sizes(size=SIZE))
     architecture = hf.read_config(folder)
     mesh = sharding.make_mesh()
-    runner = evaluate.runner_of(folder, architecture, mesh, COMPUTE.of_layers())
+    runner = evaluate.runner_of(folder, architecture, mesh, COMPUTE)
     params = model.init(architecture, seed)
     D = architecture.text.hidden_size
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(seed), (D, 4))}
@@ -230,12 +228,11 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     rest = {name: value for name, value in params.items() if name not in learning}
 
     train = records.split(frames, "train")
-    data = pipeline.Config(root=str(out / "data"), frames=32, questions=99)
+    data = options.Data(root=str(out / "data"), frames=32, questions=99)
     stream, _ = pipeline.rollouts(train, runner.encoder, data, seed=seed)
     words = word_ids(runner.encoder.chat)
-    tx = optim.transformation(
-        optim.Config(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.5, final=0.1), budget.warmup_steps, learning
-    )
+    settings = options.Optimizer(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.5, final=0.1)
+    tx = optim.transformation(settings, budget.warmup_steps, learning)
     state = jax.jit(lambda tree: optim.start(tree, tx))(learning)
     with log.RunLog(out / "warm_up", total_steps=budget.warmup_steps, description="warm-up") as journal:
         for step, (prompts, gold) in zip(range(1, budget.warmup_steps + 1), stream, strict=False):

@@ -20,18 +20,16 @@ from surgery_r1_jax import (
     answer,
     boxes,
     checkpoint,
-    config,
     errors,
     evaluate,
-    grpo,
     hf,
     labels,
     memory,
     model,
+    options,
     pipeline,
     records,
     run,
-    sft,
     sharding,
 )
 from surgery_r1_jax.examples import Encoder
@@ -51,11 +49,10 @@ class Lengths(NamedTuple):
     miou: float
 
 
-def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """The `doctor` command. Raises InputError that lists all that would stop the run."""
-    settings = load(config_path, overrides)
-    kind = "GRPO" if isinstance(settings, grpo.Config) else "SFT"
-    print(f"{config_path}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
+def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
+    """The `doctor` command on a configuration by its file's name. Raises InputError listing what would stop the run."""
+    kind = "GRPO" if isinstance(settings, options.GRPO) else "SFT"
+    print(f"{name}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
     folder = checkpoint.folder_of(settings.model)
     _require(folder, Path(settings.data.root))
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
@@ -82,19 +79,8 @@ def start(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     for line in warnings(job, lengths, folder, encoder, needed):
         print(f"warning: {line}")
     if stopping:
-        raise errors.InputError(f"{config_path}: {stopping}")
+        raise errors.InputError(f"{name}: {stopping}")
     return 0
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> sft.Config | grpo.Config:
-    """The configuration as that of the program whose keys it has; its mistakes are those of the closer program."""
-    refusals = []
-    for program in (grpo, sft):
-        try:
-            return config.load(program.Config, path, overrides)
-        except errors.InputError as refusal:
-            refusals.append(refusal)
-    raise min(refusals, key=lambda refusal: (str(refusal).count("unknown key"), str(refusal).count("\n"))) from None
 
 
 def mesh_of(shape: Sequence[int]) -> Mesh | AbstractMesh:
@@ -123,10 +109,10 @@ def measure(frames: Sequence[Frame], encoder: Encoder) -> Lengths:
     return Lengths(prefix, max(prompts), max(completions), lost, float(np.mean(ious or [0.0])))
 
 
-def first_batch(settings: sft.Config | grpo.Config, frames: Sequence[Frame], encoder: Encoder):
+def first_batch(settings: options.SFT | options.GRPO, frames: Sequence[Frame], encoder: Encoder):
     """The first batch of the run, of all processes: its true shape and padding."""
     data = settings.data.model_copy(update=dict(threads=1, workers=0))
-    if isinstance(settings, grpo.Config):
+    if isinstance(settings, options.GRPO):
         stream, _ = pipeline.rollouts(frames, encoder, data, seed=settings.seed)
         return next(iter(stream))[0]
     stream, _ = pipeline.training(frames, encoder, data, settings.targets, seed=settings.seed)
@@ -148,7 +134,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
     settings, architecture, devices = job.settings, job.architecture, job.frame_axes
     written = json.loads((folder / "config.json").read_text())
     most = written.get("max_position_embeddings") or written.get("text_config", {}).get("max_position_embeddings")
-    completion = settings.sampler.max_tokens if isinstance(settings, grpo.Config) else lengths.completion
+    completion = settings.sampler.max_tokens if isinstance(settings, options.GRPO) else lengths.completion
     if most and lengths.prefix + lengths.prompt + completion > most:
         yield (
             f"prefix, question and completion are {lengths.prefix} + {lengths.prompt} + {completion} tokens, the model "
@@ -164,7 +150,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
         if getattr(architecture.text, key) % tensor:
             yield f"{key} {getattr(architecture.text, key)} does not divide by tensor {tensor}: a copy on each device"
     asked = {"evaluation.max_tokens": settings.evaluation.max_tokens}
-    if isinstance(settings, grpo.Config):
+    if isinstance(settings, options.GRPO):
         asked["sampler.max_tokens"] = settings.sampler.max_tokens
     for key, tokens in asked.items():
         if tokens < lengths.completion:

@@ -15,21 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from pydantic import Field
 
 from surgery_r1_jax import (
     checkpoint,
     codec,
-    config,
     errors,
     examples,
     files,
     floors,
     grade,
     images,
-    layers,
     metrics,
     model,
+    options,
     pipeline,
     records,
     sampling,
@@ -38,16 +36,6 @@ from surgery_r1_jax import (
 )
 from surgery_r1_jax.chat import Chat
 from surgery_r1_jax.records import Box, Frame, Record
-
-
-class Config(config.Config):
-    """How a split is evaluated while training."""
-
-    split: str = Field("dev", description="chooses the best checkpoint; val is only ever reported")
-    frames: int = Field(16, ge=1, description="frames in a batch, over all processes")
-    questions: int = Field(9, ge=1, description="most questions of a frame decoded together")
-    limit: int = Field(0, ge=0, description="use only so many frames; 0: all")
-    max_tokens: int = Field(256, ge=1)
 
 
 class Runner(NamedTuple):
@@ -81,7 +69,7 @@ def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
 
 
 def runner_of(
-    folder: Path, settings: model.Config, mesh: jax.sharding.Mesh, compute: layers.Compute = layers.Compute()
+    folder: Path, settings: model.Config, mesh: jax.sharding.Mesh, compute: options.Compute = options.Compute()
 ) -> Runner:
     """Everything but the parameters."""
     encoder = encoder_of(folder, settings)
@@ -106,7 +94,7 @@ def predict(
     runner: Runner,
     params: dict,
     frames: Sequence[Frame],
-    settings: pipeline.Config,
+    settings: options.Data,
     max_tokens: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
@@ -118,7 +106,7 @@ def predict(
     spread = runner.mesh.shape["data"] * runner.mesh.shape["fsdp"]
     settings = settings.model_copy(update={"frames": pipeline.round_up(settings.frames, spread)})
     batches, count = pipeline.once(frames, runner.encoder, settings, runner.shard)
-    greedy = sampling.Config(max_tokens=max_tokens, temperature=0.0)
+    greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     progress = progress or (lambda done, count: None)
     progress(0, count)
     found: dict[tuple[int, int], Given] = {}
@@ -142,7 +130,7 @@ def predict(
 
 
 def predict_blank(
-    runner: Runner, params: dict, frames: Sequence[Frame], settings: pipeline.Config, max_tokens: int
+    runner: Runner, params: dict, frames: Sequence[Frame], settings: options.Data, max_tokens: int
 ) -> list[dict]:
     """What `predict` would give if every frame were grey. Frames of a size are alike then: each asks every question
     that any of them asks, once.
@@ -175,13 +163,13 @@ def _decode(graph, params, prompts, allowed_V, fixed):
     return sampling.rollout(net, prompts, jax.random.key(0), frames, words, sampling_config)
 
 
-def decode(graph, params, prompts, words: sampling.Vocabulary, settings: sampling.Config) -> sampling.Rollout:
+def decode(graph, params, prompts, words: sampling.Vocabulary, settings: options.Sampler) -> sampling.Rollout:
     """Greedy completions of a batch of prompts; compiled once a shape."""
     return _decode(graph, params, prompts, words.allowed_V, (settings, words.stop_id, words.pad_id))
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """The metrics of predictions: `metrics.table`, and location accuracy in frames with several instruments."""
+    """The metrics of predictions: `metrics.table`, and location accuracy in frames with several instruments if any."""
     outcomes = metrics.of_rows(predictions)
     tools: dict[str, set] = {}
     for row in predictions:
@@ -190,7 +178,8 @@ def score(predictions: Sequence[dict]) -> dict:
             tools.setdefault(row["frame"], set()).add(tool)
     several = np.array([len(tools.get(row["frame"], ())) > 1 for row in predictions], bool)
     located = metrics.summarise(outcomes, several & (outcomes.kind == vocabulary.LOCATION))
-    return metrics.table(outcomes) | {"accuracy_location_multi_tool": located["accuracy"]}
+    more = {"accuracy_location_multi_tool": located["accuracy"]} if located["n"] else {}
+    return metrics.table(outcomes) | more
 
 
 def floor_metrics(train: Sequence[Frame], frames: Sequence[Frame]) -> dict:
@@ -234,8 +223,8 @@ def run(
     chosen, train = records.split(every, split), [f for f in every if records.split_of(f.sequence) == "train"]
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(checkpoint_dir, mesh)
-    runner = runner_of(loaded.folder, loaded.config, mesh, layers.Compute(dtype=dtype))
-    asking = loaded.params, chosen, pipeline.Config(root=str(data), split=split, frames=frames, questions=9), max_tokens
+    runner = runner_of(loaded.folder, loaded.config, mesh, options.Compute(dtype=dtype))
+    asking = loaded.params, chosen, options.Data(root=str(data), split=split, frames=frames, questions=9), max_tokens
     main = jax.process_index() == 0
     with Progress(console=Console(stderr=True), disable=not main) as bar:
         task = bar.add_task(f"answering {split}", total=None)

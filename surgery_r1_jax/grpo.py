@@ -14,12 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, model_validator
 
 from surgery_r1_jax import (
     advantages,
     checkpoint,
-    config,
     errors,
     evaluate,
     grade,
@@ -27,6 +25,7 @@ from surgery_r1_jax import (
     model,
     objectives,
     optim,
+    options,
     pipeline,
     rewards,
     run,
@@ -35,39 +34,6 @@ from surgery_r1_jax import (
     sharding,
 )
 from surgery_r1_jax.batch import FrameBatch
-
-
-class Config(config.Config):
-    """A whole GRPO run."""
-
-    model: str = Field(description="Hugging Face folder, or a run folder, to start from; also the frozen reference")
-    seed: int = Field(0, ge=0, lt=2**32)
-    samples: int = Field(8, ge=2, description="completions of a question (G); they compete with each other")
-    updates: int = Field(1, ge=1, description="updates on each rollout")
-    minibatches: int = Field(1, ge=1, description="parts of the rollout's frames, one optimiser step each")
-    accumulate: int = Field(1, ge=1, description="parts that a minibatch is cut into, one after the other")
-    mask_flat: bool = Field(False, description="leave groups whose rewards are all equal out of the loss")
-    resample_flat: int = Field(0, ge=0, description="times that flat groups are drawn anew before they are accepted")
-    table_rows: int = Field(4, ge=0, description="sampled completions shown and written at every evaluation")
-    data: pipeline.Config
-    sampler: sampling.Config = sampling.Config()
-    reward: rewards.Config = rewards.Config()
-    objective: objectives.Config = objectives.Config()
-    optimizer: optim.Config = optim.Config(learning_rate=1e-6)
-    compute: run.Compute = run.Compute()
-    schedule: run.Schedule = run.Schedule()
-    evaluation: evaluate.Config = evaluate.Config()
-
-    @model_validator(mode="after")
-    def _parts_divide(self):
-        if self.data.frames % (self.minibatches * self.accumulate):
-            raise ValueError(
-                f"data.frames {self.data.frames} does not divide by minibatches {self.minibatches} x accumulate "
-                f"{self.accumulate}: minibatches are made of whole frames"
-            )
-        if self.sampler.temperature == 0:
-            raise ValueError("sampler.temperature 0 draws the same completion every time; GRPO needs variety")
-        return self
 
 
 class Experience(NamedTuple):
@@ -81,7 +47,9 @@ class Experience(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def roll_out(graph, settings: Config, params, prompts, key, numbers, words: sampling.Vocabulary) -> sampling.Rollout:
+def roll_out(
+    graph, settings: options.GRPO, params, prompts, key, numbers, words: sampling.Vocabulary
+) -> sampling.Rollout:
     """Draw the completions of all lanes; `numbers` are those of frames [B] and questions [B, Q] in the data set."""
     net, (frame_B, question_BQ) = model.bind(graph, params), numbers
     return sampling.rollout(
@@ -90,7 +58,7 @@ def roll_out(graph, settings: Config, params, prompts, key, numbers, words: samp
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def judge(settings: Config, judged: rewards.Judged, drawn: sampling.Rollout):
+def judge(settings: options.GRPO, judged: rewards.Judged, drawn: sampling.Rollout):
     """Rewards, advantages by question, the tokens in the loss, and statistics under TRL's names."""
     earned = rewards.score(judged, settings.reward)
     B, J = earned.total.shape
@@ -128,7 +96,7 @@ def judge(settings: Config, judged: rewards.Judged, drawn: sampling.Rollout):
     return earned, compared, mask_BJT, stats
 
 
-def token_scores(graph, settings: Config, params, batch: FrameBatch, allowed_V) -> scoring.TokenScores:
+def token_scores(graph, settings: options.GRPO, params, batch: FrameBatch, allowed_V) -> scoring.TokenScores:
     """How likely the drawn tokens are under the distribution that the sampler draws from; fields [B, J, T]."""
     net = model.bind(graph, params)
     scores = scoring.score_tokens(
@@ -143,7 +111,7 @@ def token_scores(graph, settings: Config, params, batch: FrameBatch, allowed_V) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def reference_logp(graph, settings: Config, params, batch, allowed_V):
+def reference_logp(graph, settings: options.GRPO, params, batch, allowed_V):
     """Log-probabilities of the drawn tokens under the frozen reference [B, J, T]."""
     return token_scores(graph, settings, params, batch, allowed_V).logp_BL
 
@@ -151,7 +119,7 @@ def reference_logp(graph, settings: Config, params, batch, allowed_V):
 lay_out = jax.jit(sampling.branches, static_argnums=2)
 
 
-def update(graph, tx, settings: Config, state: optim.TrainState, experience: Experience, allowed_V):
+def update(graph, tx, settings: options.GRPO, state: optim.TrainState, experience: Experience, allowed_V):
     """One optimiser step on graded frames."""
     whole = objectives.totals(
         experience.mask_BJT, max_completion=settings.sampler.max_tokens, parts=settings.accumulate
@@ -183,7 +151,7 @@ def update(graph, tx, settings: Config, state: optim.TrainState, experience: Exp
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def update_step(graph, tx, settings: Config, state, experience: Experience, allowed_V, part):
+def update_step(graph, tx, settings: options.GRPO, state, experience: Experience, allowed_V, part):
     """One optimiser step on minibatch number `part` of a rollout; the state is given away."""
 
     def cut(x):
@@ -192,7 +160,7 @@ def update_step(graph, tx, settings: Config, state, experience: Experience, allo
     return update(graph, tx, settings, state, jax.tree.map(cut, experience), allowed_V)
 
 
-def sample(runner: evaluate.Runner, settings: Config, params, prompts, gold, key):
+def sample(runner: evaluate.Runner, settings: options.GRPO, params, prompts, gold, key):
     """Draw, grade and judge the completions of a batch; flat groups are drawn anew as often as configured.
 
     Returns the rollout, its grading, rewards, advantages, loss mask and statistics.
@@ -217,7 +185,7 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
     return jax.tree.map(choose, drawn, again)
 
 
-def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
+def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
     setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
@@ -288,7 +256,7 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     return scores
 
 
-def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, settings: Config) -> list[dict]:
+def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, settings: options.GRPO) -> list[dict]:
     """Sampled completions of the first frames with their rewards, for the log's table."""
     terms = sharding.local_rows(earned)
     rows = []
@@ -299,9 +267,3 @@ def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, set
             row |= dict(completion=graded.texts[b][j], reason=graded.parsed[b][j].reason.name)
             rows.append(row | {name: float(term[b, j]) for name, term in terms._asdict().items()})
     return rows[: settings.table_rows]
-
-
-def start(config_path: str | Path, out: str | Path, *, resume: bool = False, overrides=()) -> int:
-    """The `grpo` command."""
-    train(config.load(Config, config_path, overrides), out, resume=resume)
-    return 0

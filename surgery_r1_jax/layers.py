@@ -7,25 +7,12 @@ Compute runs in the dtype of the input; norms, softmax and angles stay in float3
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 Initializer = Callable[..., jax.Array]
-Dtype = Literal["float32", "bfloat16", "float64"]
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the model computes, apart from what: none of it changes the result but for rounding."""
-
-    dtype: Dtype = "float32"
-    remat: bool = False  # recompute each decoder layer in the backward pass
-    tower_remat: bool = False
-    query_chunk: int | None = None  # queries whose scores are held at a time, in prefix and full vision attention
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer, stack: int | None) -> nnx.Param:

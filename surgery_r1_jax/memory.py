@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import evaluate, grpo, model, optim, pipeline, run, sampling, scoring, sft, sharding
+from surgery_r1_jax import evaluate, grpo, model, optim, options, pipeline, run, sampling, scoring, sft, sharding
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -42,7 +42,7 @@ class Bytes(NamedTuple):
 class Job(NamedTuple):
     """What is trained, where, and on batches of which shape."""
 
-    settings: sft.Config | grpo.Config
+    settings: options.SFT | options.GRPO
     architecture: model.Config
     mesh: Mesh | AbstractMesh
     batch: FrameBatch  # NumPy arrays of a whole batch as the pipeline gives it
@@ -105,7 +105,7 @@ def compiled(job: Job) -> Bytes:
 def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
     settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
-    graph, _ = model.build(job.architecture, settings.compute.of_layers())
+    graph, _ = model.build(job.architecture, settings.compute)
     state, tx = _state(job)
     batch = _spread(job.batch, mesh)
     by_word = lambda dtype: jax.ShapeDtypeStruct((V,), dtype, sharding=sharding.replicated(mesh))  # noqa: E731

@@ -64,6 +64,8 @@ def compare(*, pred_answer, gold_answer, pred_box, box_ok, gold_box, kind, valid
 def table(outcomes: Outcomes) -> dict:
     """`summarise` over all questions and, under "by_kind", over those of each kind that occurs."""
     parts = {name: summarise(outcomes, outcomes.kind == code) for code, name in enumerate(vocabulary.KINDS)}
+    for part in parts.values():
+        del part["accuracy_no_organ"]  # of one kind it is its accuracy or nothing
     return {**summarise(outcomes), "by_kind": {name: part for name, part in parts.items() if part["n"]}}
 
 

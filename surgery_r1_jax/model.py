@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from surgery_r1_jax import decoder, layers, vision
+from surgery_r1_jax import decoder, layers, options, vision
 from surgery_r1_jax.attention import Queries
 from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.decoder import Cache, Stream
@@ -31,7 +31,7 @@ class Config:
 class QwenVL(nnx.Module):
     """Tower, embedding, decoder and head."""
 
-    def __init__(self, config: Config, compute: layers.Compute, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, compute: options.Compute, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         V, D = config.text.vocab_size, config.text.hidden_size
         shape, axes = (V, D), ("vocab", "embed")
@@ -94,7 +94,7 @@ class QwenVL(nnx.Module):
         return Stream(self._embed(ids_BJT), position, queries)
 
 
-def build(config: Config, compute: layers.Compute = layers.Compute()) -> tuple[nnx.GraphDef, nnx.State]:
+def build(config: Config, compute: options.Compute = options.Compute()) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph and abstract parameters of a model: shapes and logical axes, no memory."""
     return nnx.split(nnx.eval_shape(lambda: QwenVL(config, compute, rngs=nnx.Rngs(0))))
 
@@ -104,7 +104,7 @@ def init(config: Config, seed: int) -> dict:
 
     @jax.jit
     def draw(key):
-        return nnx.to_pure_dict(nnx.state(QwenVL(config, layers.Compute(), rngs=nnx.Rngs(key))))
+        return nnx.to_pure_dict(nnx.state(QwenVL(config, options.Compute(), rngs=nnx.Rngs(key))))
 
     return draw(jax.random.key(seed))
 

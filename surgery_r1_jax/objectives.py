@@ -11,74 +11,15 @@ of a mean is called its share below.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pydantic
-from pydantic import Field
 
-from surgery_r1_jax import config
+from surgery_r1_jax import options
 
 LOG_RATIO_BOUND = 20.0  # log-ratios of policies are clamped to this before exp (verl)
 MAX_RATIO = math.exp(LOG_RATIO_BOUND)
-
-# What a paper leaves open is TRL's default. CISPO: no lower bound, and ScaleRL's cap of 5 (arXiv 2510.13786).
-PRESETS: dict[str, dict] = {
-    "grpo": {"aggregate": "sequence", "beta": 0.04},  # arXiv 2402.03300
-    "dr_grpo": {"aggregate": "constant", "scale": "none"},  # arXiv 2503.20783
-    "dapo": {"aggregate": "token", "epsilon_high": 0.28, "mask_truncated": True},  # arXiv 2503.14476
-    "bnpo": {"aggregate": "token_micro"},  # trl grpo_trainer.py
-    "gspo": {"ratio": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},  # arXiv 2507.18071
-    "cispo": {
-        "surrogate": "cispo",
-        "aggregate": "token",
-        "epsilon_low": 1.0,
-        "epsilon_high": 4.0,
-    },  # 2506.13585
-}
-
-
-class Config(config.Config):
-    """Settings of the objective; `preset` fills in whatever is not given beside it."""
-
-    preset: Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo"] = "grpo"
-    scale: Literal["group", "batch", "none"] = Field(
-        "group", description="divide advantages by the spread of rewards in the group, in the batch, or not"
-    )
-    ratio: Literal["token", "sequence"] = Field(
-        "token", description="probability ratio of each token, or its geometric mean over the sequence"
-    )
-    surrogate: Literal["clip", "cispo"] = Field(
-        "clip", description="clipped gain, or the log-probability weighted by the clipped ratio as a constant"
-    )
-    aggregate: Literal["sequence", "token", "token_micro", "constant"] = Field(
-        "sequence",
-        description="mean of sequence means; token mean of the batch; of each micro-batch;"
-        " sum / (sequences x longest completion allowed)",
-    )
-    epsilon_low: float = Field(0.2, ge=0, description="the ratio is clipped below 1 - epsilon_low")
-    epsilon_high: float = Field(0.2, ge=0, description="the ratio is clipped above 1 + epsilon_high")
-    delta: float | None = Field(None, description="dual clip: cap of the ratio where the advantage is negative")
-    beta: float = Field(0.0, ge=0, description="weight of the KL term; 0 needs no reference model")
-    kl_bound: float = Field(10.0, gt=0, le=40, description="log-ratio beyond which the KL term goes on straight")
-    mask_truncated: bool = Field(False, description="leave completions cut by the length limit out of the loss")
-    truncated_in_baseline: bool = Field(
-        True, description="they still count in their group's mean and spread, masked or not (as in TRL)"
-    )
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given):
-        if not isinstance(given, dict):
-            return given
-        return PRESETS.get(str(given.get("preset", "grpo")), {}) | given
-
-    @pydantic.model_validator(mode="after")
-    def _delta_above_clip(self):
-        if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            raise ValueError(f"delta {self.delta} must be greater than 1 + epsilon_high = {1 + self.epsilon_high}")
-        return self
 
 
 class Totals(NamedTuple):
@@ -90,7 +31,9 @@ class Totals(NamedTuple):
     parts: int  # micro-batches into which the batch is cut, for `token_micro`
 
 
-def loss_mask(mask_BJT: jax.Array, scorable_BJ: jax.Array, truncated_BJ: jax.Array, objective: Config) -> jax.Array:
+def loss_mask(
+    mask_BJT: jax.Array, scorable_BJ: jax.Array, truncated_BJ: jax.Array, objective: options.Objective
+) -> jax.Array:
     """Completion tokens in the loss: none of an unscorable lane nor, if so configured, of a truncated one."""
     kept_BJ = scorable_BJ & ~truncated_BJ if objective.mask_truncated else scorable_BJ
     return mask_BJT & kept_BJ[..., None]
@@ -125,7 +68,7 @@ def policy_loss(
     advantage_BJ: jax.Array,
     mask_BJT: jax.Array,
     whole: Totals,
-    objective: Config,
+    objective: options.Objective,
     *,
     ref_logp_BJT: jax.Array | None = None,
     entropy_BJT: jax.Array | None = None,

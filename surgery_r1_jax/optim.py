@@ -4,42 +4,15 @@ The whole transition (parameters, moments, step count of the optimiser) is taken
 or gradient is not finite changes nothing but its own counters.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import Field
 
-from surgery_r1_jax import config, model
+from surgery_r1_jax import model, options
 
 INPUTS = {"o": 2, "proj": 2}  # kernels that contract two axes (heads and head width); all others one
-
-
-class Rates(config.Config):
-    """Share of the learning rate that each part learns with; 0 freezes it and keeps no moments for it."""
-
-    tower: float = Field(1.0, ge=0)
-    merger: float = Field(1.0, ge=0)
-    decoder: float = Field(1.0, ge=0)
-
-
-class Config(config.Config):
-    """How gradients become updates."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-5, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises from 0")
-    hold: float = Field(0.0, ge=0, le=1, description="share of the steps after warm-up at the full rate")
-    final: float = Field(0.0, ge=0, le=1, description="rate at the last step, as a share of the full one")
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="of kernels and embeddings, not of norms and biases")
-    clip_norm: float = Field(1.0, gt=0)
-    adam_share: float = Field(0.2, gt=0, description="with muon: rate of what is no matrix, embeddings included")
-    rates: Rates = Rates()
 
 
 class TrainState(NamedTuple):
@@ -52,7 +25,7 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def schedule(settings: Config, steps: int) -> optax.Schedule:
+def schedule(settings: options.Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by optimiser step."""
     full, last = settings.learning_rate, settings.learning_rate * settings.final
     rising, held = int(settings.warmup * steps), int(settings.hold * steps)
@@ -69,7 +42,7 @@ def schedule(settings: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(full), after], [rising, rising + held])
 
 
-def transformation(settings: Config, steps: int, params: dict) -> optax.GradientTransformation:
+def transformation(settings: options.Optimizer, steps: int, params: dict) -> optax.GradientTransformation:
     """The optax chain; `params` may be abstract."""
     rate = schedule(settings, steps)
     rates = _map(lambda path, _: getattr(settings.rates, model.part_of(path)), params)
@@ -96,7 +69,7 @@ def transformation(settings: Config, steps: int, params: dict) -> optax.Gradient
     )
 
 
-def freeze(params: dict, settings: Config) -> dict:
+def freeze(params: dict, settings: options.Optimizer) -> dict:
     """Parameters of which the frozen parts get no gradient, so that it is not even computed."""
     return _map(
         lambda path, p: p if getattr(settings.rates, model.part_of(path)) > 0 else jax.lax.stop_gradient(p), params

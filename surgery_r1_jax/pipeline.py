@@ -13,47 +13,13 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from pydantic import Field, model_validator
 
-from surgery_r1_jax import answer, batch, config, errors, examples, grid, records, vocabulary
+from surgery_r1_jax import answer, batch, errors, examples, grid, options, records, vocabulary
 from surgery_r1_jax.batch import FrameBatch, Gold, Shape
 from surgery_r1_jax.examples import Branch, Encoder
 from surgery_r1_jax.records import Box, Frame, Record
 
 LONGEST_LANE = 3  # in longest branches
-
-
-class Config(config.Config):
-    """Which frames are read and how they are batched."""
-
-    root: str = Field(description="data set folder in the EndoVis-VQLA layout")
-    split: str = Field("train", description="train, dev, val or all")
-    frames: int = Field(8, ge=1, description="frames in a batch, over all processes")
-    questions: int = Field(5, ge=1, description="most questions of a frame in one row")
-    strict: bool = Field(False, description="refuse boxes outside the image instead of clipping them")
-    limit: int = Field(0, ge=0, description="use only so many frames, spread evenly; 0: all")
-    threads: int = Field(2, ge=1, description="decoding threads of a process")
-    workers: int = Field(0, ge=0, description="decoding processes beside the main one")
-
-
-class Targets(config.Config):
-    """What SFT teaches of a record."""
-
-    reasoning: float = Field(1.0, ge=0, le=1, description="share of answers with their reasoning in front")
-    answer_only: float = Field(0.0, ge=0, le=1, description="share of questions that want no box: visual QA")
-    box_only: float = Field(0.0, ge=0, le=1, description="share of questions that want only the box: grounding QA")
-    box_slack: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="push each side of a box outwards by up to this share of its size (coarse labels)",
-    )
-
-    @model_validator(mode="after")
-    def _shares_fit(self):
-        if self.answer_only + self.box_only > 1:
-            raise ValueError(f"answer_only {self.answer_only} and box_only {self.box_only} are more than 1 together")
-        return self
 
 
 class Row(NamedTuple):
@@ -70,7 +36,7 @@ class Shard(NamedTuple):
     count: int = 1
 
 
-def read(settings: Config) -> list[Frame]:
+def read(settings: options.Data) -> list[Frame]:
     """The frames of the configured split."""
     frames = records.split(records.read(settings.root, strict=settings.strict), settings.split)
     if settings.limit and settings.limit < len(frames):
@@ -118,8 +84,8 @@ def plan_lanes(lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
 def training(
     frames: Sequence[Frame],
     encoder: Encoder,
-    settings: Config,
-    targets: Targets,
+    settings: options.Data,
+    targets: options.Targets,
     *,
     seed: int,
     shard: Shard = Shard(),
@@ -147,7 +113,7 @@ def training(
 
 
 def rollouts(
-    frames: Sequence[Frame], encoder: Encoder, settings: Config, *, seed: int, shard: Shard = Shard()
+    frames: Sequence[Frame], encoder: Encoder, settings: options.Data, *, seed: int, shard: Shard = Shard()
 ) -> tuple[grain.IterDataset, Shape]:
     """An endless shuffled stream of `(prompts, gold)` batches and their shape."""
     rows = plan_rows(frames, settings.questions, seed)
@@ -156,7 +122,7 @@ def rollouts(
 
 
 def once(
-    frames: Sequence[Frame], encoder: Encoder, settings: Config, shard: Shard = Shard()
+    frames: Sequence[Frame], encoder: Encoder, settings: options.Data, shard: Shard = Shard()
 ) -> tuple[Iterator[tuple[FrameBatch, Gold]], int]:
     """Every question of every frame exactly once, in order, the last batch padded; and the number of batches."""
     rows = plan_rows(frames, settings.questions)
@@ -198,7 +164,7 @@ def coarse(box: Box, slack: float, rng: np.random.Generator) -> Box:
     return max(0.0, x0 - a * w), max(0.0, y0 - b * h), min(1.0, x1 + c * w), min(1.0, y1 + d * h)
 
 
-def _branch(frame: Frame, encoder: Encoder, targets: Targets, seed: int, number: int, index: int) -> Branch:
+def _branch(frame: Frame, encoder: Encoder, targets: options.Targets, seed: int, number: int, index: int) -> Branch:
     record = frame.records[index]
     # One coarse box for an instrument, whichever of its questions is asked.
     name = (_instrument(record) or "").encode()
@@ -218,7 +184,7 @@ def _asking(frames: Sequence[Frame], encoder: Encoder, shape: Shape) -> Callable
     return lambda row: encoder.prompts(frames[row.frame], row.frame, row.records, shape)
 
 
-def _stream(rows: list[Row], example: Callable, settings: Config, seed: int, shard: Shard) -> grain.IterDataset:
+def _stream(rows: list[Row], example: Callable, settings: options.Data, seed: int, shard: Shard) -> grain.IterDataset:
     """Batches without end: every epoch has every row once, in an order of its own; a batch may lie in two epochs."""
     if len(rows) < settings.frames:
         raise errors.InputError(
@@ -235,7 +201,7 @@ def _stream(rows: list[Row], example: Callable, settings: Config, seed: int, sha
 
 
 def _batches(
-    lists: grain.MapDataset, example: Callable, settings: Config, shard: Shard, filler: tuple = ()
+    lists: grain.MapDataset, example: Callable, settings: options.Data, shard: Shard, filler: tuple = ()
 ) -> grain.IterDataset:
     """Lists of rows to this process's part of the batches that they make, filled up to the same size."""
     if settings.frames % shard.count:

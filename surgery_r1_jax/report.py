@@ -176,7 +176,7 @@ def _tables(stages: Sequence[Stage], floors: dict[str, dict]) -> list[dict]:
     tables = [{"name": "All questions", "rows": [_row(*metric, ours, bounds) for metric in METRICS]}]
     for kind in dict.fromkeys(kind for numbers in ours for kind in numbers.get("by_kind", {})):
         sides = [[numbers.get("by_kind", {}).get(kind, {}) for numbers in side] for side in (ours, bounds)]
-        rows = [_row(*metric, *sides) for metric in METRICS if metric[0] != "accuracy_no_organ"]
+        rows = [_row(*metric, *sides) for metric in METRICS]
         tables.append({"name": f"{kind} questions", "rows": rows})
     return [table | {"rows": [row for row in table["rows"] if row["known"]]} for table in tables]
 

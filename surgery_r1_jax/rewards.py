@@ -14,9 +14,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
-from surgery_r1_jax import boxes, config, vocabulary
+from surgery_r1_jax import boxes, options, vocabulary
 
 LOCATION = vocabulary.KINDS.index("location")
 LEFT_TOP = vocabulary.CLASSES.index("left-top")
@@ -59,25 +58,8 @@ class Rewards(NamedTuple):
     total: jax.Array
 
 
-class Config(config.Config):
-    """Weights and forms of the terms; the defaults give a total in [0, 4]."""
-
-    format_weight: float = Field(1.0, ge=0)
-    accuracy_weight: float = Field(1.0, ge=0)
-    iou_weight: float = Field(1.0, ge=0)
-    coherence_weight: float = Field(1.0, ge=0)
-    tau: float = Field(0.5, gt=0, le=1, description="IoU from which a box counts as a hit")
-    iou_form: Literal["true", "threshold", "squared", "giou"] = "true"
-    coherence_form: Literal[
-        "joint", "joint_soft", "harmonic", "concord", "geometry", "think_answer", "think_box", "triple"
-    ] = "joint"
-    concord_lambda: float = Field(0.5, ge=0, le=1)
-    location_reference: Literal["organ", "image"] = "organ"
-    location_top: Literal["larger_y", "smaller_y"] = "larger_y"
-
-
 @functools.partial(jax.jit, static_argnames="config")
-def score(judged: Judged, config: Config) -> Rewards:
+def score(judged: Judged, config: options.Reward) -> Rewards:
     """All terms and their total, in [0, sum of weights]; `concord` can lower it by its penalty."""
     terms = (
         well_formed(judged),
@@ -89,7 +71,7 @@ def score(judged: Judged, config: Config) -> Rewards:
     return Rewards(*terms, total=sum(weight * term for weight, term in zip(weights, terms, strict=True)))
 
 
-def _iou_term(judged: Judged, config: Config) -> jax.Array:
+def _iou_term(judged: Judged, config: options.Reward) -> jax.Array:
     match config.iou_form:
         case "true":
             return iou(judged)
@@ -101,7 +83,7 @@ def _iou_term(judged: Judged, config: Config) -> jax.Array:
             return giou(judged)
 
 
-def _coherence_term(judged: Judged, config: Config) -> jax.Array:
+def _coherence_term(judged: Judged, config: options.Reward) -> jax.Array:
     match config.coherence_form:
         case "joint":
             return joint(judged, config.tau)

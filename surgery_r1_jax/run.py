@@ -8,34 +8,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from pydantic import Field
 
-from surgery_r1_jax import checkpoint, config, errors, evaluate, hf, layers, log, model, optim, pipeline, sharding
-
-
-class Compute(config.Config):
-    """Precision and memory: see `layers.Compute`."""
-
-    dtype: layers.Dtype = "float32"
-    remat: bool = False
-    tower_remat: bool = False
-    query_chunk: int | None = Field(None, ge=1)
-    mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
-
-    def of_layers(self) -> layers.Compute:
-        """What of it the layers know."""
-        return layers.Compute(**self.model_dump(exclude={"mesh"}))
-
-
-class Schedule(config.Config):
-    """How long, how often."""
-
-    steps: int = Field(1000, ge=1)
-    eval_every: int = Field(0, ge=0, description="steps between evaluations on the dev split; 0: only at the end")
-    save_every: int = Field(200, ge=1)
-    log_every: int = Field(10, ge=1)
-    max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
-    tensorboard: bool = False
+from surgery_r1_jax import (
+    checkpoint,
+    config,
+    errors,
+    evaluate,
+    hf,
+    log,
+    model,
+    optim,
+    options,
+    pipeline,
+    sharding,
+)
 
 
 class Setup(NamedTuple):
@@ -47,7 +33,7 @@ class Setup(NamedTuple):
     model: model.Config
 
 
-def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *, resume: bool) -> Setup:
+def prepare(out: Path, source: str, compute: options.Compute, settings: config.Config, *, resume: bool) -> Setup:
     """Make the run folder and load the model that training starts from onto the mesh."""
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
@@ -58,7 +44,7 @@ def prepare(out: Path, source: str, compute: Compute, settings: config.Config, *
         side.mkdir(parents=True, exist_ok=True)
         hf.copy_side_files(loaded.folder, side)
         config.save(settings, out / "config.yaml")
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute.of_layers())
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute)
     return Setup(runner, loaded.params, jax.tree.map(lambda p: p.sharding, loaded.params), loaded.config)
 
 
@@ -102,7 +88,7 @@ def keep_layout(step: Callable, shardings: optim.TrainState) -> Callable:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def check_sound(step: int, stats: dict, settings: Schedule) -> None:
+def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
     """Stop a run whose numbers have gone bad. Raises NumericError."""
     if int(stats["skipped_in_a_row"]) >= settings.max_bad_steps:
         raise errors.NumericError(
@@ -139,7 +125,7 @@ class StopSignal:
         self._noted = True
 
 
-def dev_frames(data: pipeline.Config, settings: evaluate.Config) -> tuple[Sequence, pipeline.Config]:
+def dev_frames(data: options.Data, settings: options.Evaluation) -> tuple[Sequence, options.Data]:
     """Frames of the evaluation split, and how to batch them."""
     chosen = data.model_copy(
         update=dict(split=settings.split, frames=settings.frames, questions=settings.questions, limit=settings.limit)
@@ -150,7 +136,7 @@ def dev_frames(data: pipeline.Config, settings: evaluate.Config) -> tuple[Sequen
 class Dev:
     """The dev split of a run: scores parameters on it, logs the scores, and keeps the best."""
 
-    def __init__(self, out: Path, runner: evaluate.Runner, data: pipeline.Config, settings: evaluate.Config):
+    def __init__(self, out: Path, runner: evaluate.Runner, data: options.Data, settings: options.Evaluation):
         self._runner, self._settings = runner, settings
         self._frames, self._data = dev_frames(data, settings)
         self._best = checkpoint.Best(out)

@@ -10,21 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
-from surgery_r1_jax import attention, config
+from surgery_r1_jax import attention, options
 from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.decoder import Cache
 from surgery_r1_jax.model import QwenVL
-
-
-class Config(config.Config):
-    """How completions are drawn."""
-
-    max_tokens: int = Field(256, ge=1, description="longest completion, stop token included")
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="draw among the k likeliest tokens; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw among the likeliest tokens holding this much probability")
 
 
 class Vocabulary(NamedTuple):
@@ -50,7 +40,7 @@ def rollout(
     key: jax.Array,
     frame_B: jax.Array,
     vocabulary: Vocabulary,
-    sampling: Config,
+    sampling: options.Sampler,
     samples: int = 1,
     question_BQ: jax.Array | None = None,
 ) -> Rollout:
@@ -138,7 +128,7 @@ def rollout(
     return Rollout(tokens, logps, mask, done_BJ & valid_BJ)
 
 
-def draw(keys_BJ: jax.Array, logits_BJV: jax.Array, sampling: Config) -> tuple[jax.Array, jax.Array]:
+def draw(keys_BJ: jax.Array, logits_BJV: jax.Array, sampling: options.Sampler) -> tuple[jax.Array, jax.Array]:
     """A token for every lane and its log-probability at the sampling temperature, before any truncation."""
     if sampling.temperature == 0:
         token = jnp.argmax(logits_BJV, axis=-1)

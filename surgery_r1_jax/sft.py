@@ -9,16 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, model_validator
 
 from surgery_r1_jax import (
     checkpoint,
-    config,
     errors,
-    evaluate,
     log,
     model,
     optim,
+    options,
     pipeline,
     run,
     scoring,
@@ -26,31 +24,7 @@ from surgery_r1_jax import (
 )
 
 
-class Config(config.Config):
-    """A whole SFT run."""
-
-    model: str = Field(description="Hugging Face folder, or a run folder, to start from")
-    seed: int = Field(0, ge=0, lt=2**32)
-    accumulate: int = Field(1, ge=1, description="parts that each batch is cut into, one after the other on the device")
-    smoothing_sigma: float = Field(0.0, ge=0, description="spread box number targets over their neighbours; 0: off")
-    data: pipeline.Config
-    targets: pipeline.Targets = pipeline.Targets()
-    optimizer: optim.Config = optim.Config()
-    compute: run.Compute = run.Compute()
-    schedule: run.Schedule = run.Schedule()
-    evaluation: evaluate.Config = evaluate.Config()
-
-    @model_validator(mode="after")
-    def _parts_divide(self):
-        if self.data.frames % self.accumulate:
-            raise ValueError(
-                f"data.frames {self.data.frames} does not divide by accumulate {self.accumulate}: parts are made of "
-                "whole frames"
-            )
-        return self
-
-
-def loss_and_gradients(graph, params, batch, number_V, settings: Config):
+def loss_and_gradients(graph, params, batch, number_V, settings: options.SFT):
     """Mean loss over the answer tokens of a batch, its gradients and token accuracy, part by part.
 
     Every part's sums are divided by the whole batch's weight, so the split changes nothing but rounding.
@@ -76,14 +50,14 @@ def loss_and_gradients(graph, params, batch, number_V, settings: Config):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
-def train_step(graph, tx, state, batch, number_V, settings: Config):
+def train_step(graph, tx, state, batch, number_V, settings: options.SFT):
     """One update; the state is given away."""
     loss, gradients, stats = loss_and_gradients(graph, state.params, batch, number_V, settings)
     state, more = optim.update(state, loss, gradients, tx)
     return state, stats | more
 
 
-def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
+def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
     setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
@@ -142,9 +116,3 @@ def train(settings: Config, out: str | Path, *, resume: bool = False) -> dict:
     saved.close()
     dev.close()
     return scores
-
-
-def start(config_path: str | Path, out: str | Path, *, resume: bool = False, overrides=()) -> int:
-    """The `sft` command."""
-    train(config.load(Config, config_path, overrides), out, resume=resume)
-    return 0

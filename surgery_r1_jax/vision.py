@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from surgery_r1_jax import attention, errors, layers
+from surgery_r1_jax import attention, errors, layers, options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Merger(nnx.Module):
 class Tower(nnx.Module):
     """Patch embedding, layers and merger."""
 
-    def __init__(self, config: Config, compute: layers.Compute, *, rngs):
+    def __init__(self, config: Config, compute: options.Compute, *, rngs):
         self.config, self.compute = config, compute
         C, E = config.values_per_patch, config.hidden_size
         self.patch_embed = layers.Linear((C, E), ("patch", "vision"), rngs=rngs)

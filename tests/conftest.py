@@ -26,6 +26,22 @@ def real_frames() -> Path:
 
 
 @pytest.fixture(scope="session")
+def config():
+    """A tiny Qwen2.5-VL with everything in it that the large ones have."""
+    import randomised
+
+    return randomised.config()
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    """Parameters of it, none at its neutral value."""
+    import toy
+
+    return toy.params(config)
+
+
+@pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
     """A function giving (folder, torch model) of a randomised tiny Qwen2.5-VL, made once per variant."""
     pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from surgery_r1_jax import grid, layers, model
+from surgery_r1_jax import grid, model, options
 from surgery_r1_jax.batch import FrameBatch
 
 IMAGE, VISION_START, VISION_END, PAD, STOP = 1010, 1012, 1013, 1000, 1001
@@ -211,7 +211,7 @@ def config() -> model.Config:
     )
 
 
-def logits(config: model.Config, params: dict, batch: FrameBatch, compute=layers.Compute()):
+def logits(config: model.Config, params: dict, batch: FrameBatch, compute=options.Compute()):
     """Branch logits [B, J, T, V]."""
     graph, _ = model.build(config, compute)
 

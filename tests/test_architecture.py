@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import surgery_r1_jax
-from surgery_r1_jax import cli, config, doctor, grpo, sft
+from surgery_r1_jax import cli, config, options
 
 HOME = Path(__file__).resolve().parents[1]
 PACKAGE = HOME / "surgery_r1_jax"
@@ -121,15 +121,15 @@ def test_every_command_we_write_down_is_one_that_the_program_takes(monkeypatch, 
     (args,) = taken
     if path := getattr(args, "config", None):
         assert path.is_relative_to("configs")
-        programs = {"sft": sft.Config, "grpo": grpo.Config}
+        programs = {"sft": options.SFT, "grpo": options.GRPO}
         load = (
-            doctor.load if (name := line.split()[1]) == "doctor" else lambda *more: config.load(programs[name], *more)
+            options.load if (name := line.split()[1]) == "doctor" else lambda *more: config.load(programs[name], *more)
         )
         load(HOME / path, args.overrides)
 
 
 def test_every_key_in_the_readme_exists():
-    known = {*config.keys(sft.Config), *config.keys(grpo.Config)}
+    known = {*config.keys(options.SFT), *config.keys(options.GRPO)}
     sections = {key.split(".")[0] for key in known if "." in key}
     keys = {key for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", README) if key.split(".")[0] in sections}
     keys -= {key for key in keys if (PACKAGE / key).exists() or key.endswith((".jsonl", ".yaml"))}

@@ -9,7 +9,7 @@ import pytest
 import randomised
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import layers, model, scoring
+from surgery_r1_jax import model, options, scoring
 from surgery_r1_jax.batch import padding_like
 
 
@@ -33,7 +33,7 @@ def flat_rows(frames):
     return [f._replace(branches=[branch]) for f in frames for branch in f.branches]
 
 
-def loss_of(config, compute=layers.Compute()):
+def loss_of(config, compute=options.Compute()):
     graph, _ = model.build(config, compute)
 
     def loss(params, batch):
@@ -79,7 +79,7 @@ def test_every_gradient_leaf_equals_flat_rows_in_float32(config, params, frames,
 
 
 def test_logits_and_gradients_equal_flat_rows_to_1e_10_in_float64(config, params, frames):
-    compute = layers.Compute(dtype="float64")
+    compute = options.Compute(dtype="float64")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float64), params)
         graph, _ = model.build(config, compute)
@@ -107,7 +107,7 @@ def test_control_branches_that_see_each_other_are_caught(config, params, frames)
 def test_remat_and_query_chunks_change_nothing(config, params, frames):
     batch = randomised.batch(config, frames, lanes=PACKED, P=140, T=24)
     want, want_grad = jax.jit(jax.value_and_grad(loss_of(config)))(params, batch)
-    saving = layers.Compute(remat=True, tower_remat=True, query_chunk=32)
+    saving = options.Compute(remat=True, tower_remat=True, query_chunk=32)
     loss, grad = jax.jit(jax.value_and_grad(loss_of(config, saving)))(params, batch)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     assert largest_difference(grad, want_grad) < 1e-5
@@ -137,7 +137,7 @@ def test_padded_frames_and_lanes_give_zero_loss_and_finite_gradients(config, par
 def test_bfloat16_compute_stays_close_to_float32(config, params, frames):
     batch = randomised.batch(config, frames)
     wide = jax.jit(loss_of(config))(params, batch)
-    narrow = jax.jit(loss_of(config, layers.Compute(dtype="bfloat16")))(params, batch)
+    narrow = jax.jit(loss_of(config, options.Compute(dtype="bfloat16")))(params, batch)
     assert abs(float(narrow - wide)) < 0.05 * float(wide)
 
 

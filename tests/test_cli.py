@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 import surgery_r1_jax
-from surgery_r1_jax import cli
+from surgery_r1_jax import cli, config, options
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 TARGETS = {  # what the handlers call, and an answer of the right kind
     "demo.start": 0,
     "synth.write": ["seq_1/frame000"],
     "check.main": 0,
-    "sft.start": 0,
-    "grpo.start": 0,
+    "sft.train": {},
+    "grpo.train": {},
     "evaluate.run": 0,
     "checkpoint.export": Path("h"),
     "ask.run": 0,
@@ -49,18 +49,20 @@ def calls(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(surgery_r1_jax, name, module, raising=False)
     monkeypatch.setattr(cli, "start_devices", lambda: received.append("start_devices"))
+    monkeypatch.setattr(config, "load", lambda *given: given)  # what was to be read stands for what was read
+    monkeypatch.setattr(options, "load", lambda *given: given)
     return received
 
 
 @pytest.fixture
 def sft_raises(calls, monkeypatch):
-    """Makes `sft.start` raise."""
+    """Makes `sft.train` raise."""
 
     def arrange(error):
-        def start(*_, **__):
+        def train(*_, **__):
             raise error
 
-        monkeypatch.setattr(sys.modules["surgery_r1_jax.sft"], "start", start)
+        monkeypatch.setattr(sys.modules["surgery_r1_jax.sft"], "train", train)
 
     return arrange
 
@@ -106,7 +108,7 @@ def refusal(capsys, *argv, status=2):
         ("export k h", "checkpoint.export", (Path("k"), Path("h")), {"dtype": "float32", "which": "best"}),
         ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
-        ("doctor --config c --a.b=3", "doctor.start", (Path("c"), ["--a.b=3"]), {}),
+        ("doctor --config c --a.b=3", "doctor.start", ((Path("c"), ["--a.b=3"]), Path("c")), {}),
         ("init h --seed 4", "fresh.write", (Path("h"),), {"seed": 4}),
         ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],
@@ -134,10 +136,11 @@ def test_every_call_fits_the_function_it_is_made_for(calls, request, name):
 def test_training_takes_overrides_anywhere(calls, program):
     argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--q=[1, 2]"]
     assert cli.main(argv) == 0
-    options = {"resume": True, "overrides": ["--a.b=c", "--seed=3", "--q=[1, 2]"]}
-    assert calls[-1] == (f"{program}.start", (Path("c.yaml"), Path("runs/x")), options)
+    read = {"sft": options.SFT, "grpo": options.GRPO}[program], Path("c.yaml"), ["--a.b=c", "--seed=3", "--q=[1, 2]"]
+    assert calls[-1] == (f"{program}.train", (read, Path("runs/x")), {"resume": True})
     assert cli.main([program, *TRAINING]) == 0
-    assert calls[-1][2] == {"resume": False, "overrides": []}
+    assert calls[-1][1][0][2] == []
+    assert calls[-1][2] == {"resume": False}
 
 
 def test_the_status_of_a_handler_is_the_status_of_the_command(calls, monkeypatch):
@@ -291,6 +294,26 @@ assert not heavy, heavy
     assert "usage: surgery-r1 grpo" in done.stdout
     assert done.stderr == "error: unknown flag '--confg'; did you mean '--config'?\n"
     assert seconds < 1.0 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.2f} s"
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo", "doctor"])
+def test_a_mistyped_key_is_refused_in_three_seconds_without_jax(tmp_path, program):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: {root: d}\nschedule:\n  stpes: 3\n")
+    out = [] if program == "doctor" else ["--out", str(tmp_path / "run")]
+    code = f"""
+import sys
+from surgery_r1_jax import cli
+assert cli.main({[program, "--config", str(path), *out]}) == 2
+assert "jax" not in sys.modules
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"error: {path}:4: unknown key 'schedule.stpes'; did you mean 'schedule.steps'?\n"
+    assert not (tmp_path / "run").exists()
+    assert seconds < 3.0 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.2f} s"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

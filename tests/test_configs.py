@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from surgery_r1_jax import config, grpo, sft
+from surgery_r1_jax import config, options
 from surgery_r1_jax.errors import InputError
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
 
 def program(path):
-    return grpo.Config if path.stem.startswith("grpo") else sft.Config
+    return options.GRPO if path.stem.startswith("grpo") else options.SFT
 
 
 def keys(tree, prefix=()):
@@ -59,7 +59,7 @@ def test_every_mistyped_key_is_refused_with_its_line(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_one_program_refuses_what_only_the_other_knows(path):
-    other = sft.Config if program(path) is grpo.Config else grpo.Config
+    other = options.SFT if program(path) is options.GRPO else options.GRPO
     with pytest.raises(InputError, match="unknown key"):
         config.load(other, path)
 
@@ -67,8 +67,8 @@ def test_one_program_refuses_what_only_the_other_knows(path):
 @pytest.mark.parametrize("size", ["3b", "7b"])
 def test_grpo_starts_from_what_sft_leaves_and_sees_the_same_data(size):
     folder = FILES[0].parent
-    first = config.load(sft.Config, folder / f"sft_{size}.yaml")
-    second = config.load(grpo.Config, folder / f"grpo_{size}.yaml")
+    first = config.load(options.SFT, folder / f"sft_{size}.yaml")
+    second = config.load(options.GRPO, folder / f"grpo_{size}.yaml")
     assert second.model == f"runs/sft_{size}"
     assert (first.data.root, first.data.split) == (second.data.root, second.data.split)
     assert first.evaluation.split == second.evaluation.split == "dev"

@@ -15,14 +15,12 @@ from surgery_r1_jax import (
     config,
     doctor,
     evaluate,
-    grpo,
     hf,
     images,
     memory,
     model,
+    options,
     pipeline,
-    run,
-    sft,
     synth,
     tiny,
 )
@@ -134,7 +132,7 @@ def test_the_real_configurations_pass(real_folder, endoscopy, capsys, name):
     size = name.removeprefix("sft_").removeprefix("grpo_")
     folder = real_folder(size)
     overrides = [f"--model={folder}", f"--data.root={endoscopy}"]
-    assert doctor.start(CONFIGS / f"{name}.yaml", overrides) == 0
+    assert run_doctor(CONFIGS / f"{name}.yaml", overrides) == 0
     printed = capsys.readouterr().out
     words = printed.split()
     assert f"{PARAMETERS[size]:,}" in words
@@ -143,6 +141,10 @@ def test_the_real_configurations_pass(real_folder, endoscopy, capsys, name):
     warned = [line for line in printed.splitlines() if line.startswith("warning")]
     assert warned == [f"warning: {folder} has no safetensors weights yet"]
     assert ("reference" in words) == name.startswith("grpo")
+
+
+def run_doctor(path, overrides=()):
+    return doctor.start(options.load(path, overrides), path)
 
 
 def test_missing_model_and_data_are_both_named(monkeypatch, tmp_path, capsys):
@@ -157,20 +159,20 @@ def test_missing_model_and_data_are_both_named(monkeypatch, tmp_path, capsys):
 
 def test_the_program_is_known_by_its_keys_and_the_closer_ones_mistakes_are_told(tmp_path):
     both = "model: m\ndata: {root: d}\n"
-    assert isinstance(doctor.load(write(tmp_path / "a.yaml", both + "samples: 4")), grpo.Config)
-    assert isinstance(doctor.load(write(tmp_path / "b.yaml", both + "targets: {reasoning: 0.5}")), sft.Config)
+    assert isinstance(options.load(write(tmp_path / "a.yaml", both + "samples: 4")), options.GRPO)
+    assert isinstance(options.load(write(tmp_path / "b.yaml", both + "targets: {reasoning: 0.5}")), options.SFT)
     with pytest.raises(InputError, match=r"a\.yaml:4: unknown key 'sampels'; did you mean 'samples'") as refusal:
-        doctor.load(write(tmp_path / "a.yaml", both + "objective: {beta: 0.1}\nsampels: 4"))
+        options.load(write(tmp_path / "a.yaml", both + "objective: {beta: 0.1}\nsampels: 4"))
     assert "objective" not in str(refusal.value)
     with pytest.raises(InputError, match=r"did you mean 'targets\.reasoning'") as refusal:
-        doctor.load(write(tmp_path / "b.yaml", both + "smoothing_sigma: 1.0\ntargets: {raesoning: 0.5}"))
+        options.load(write(tmp_path / "b.yaml", both + "smoothing_sigma: 1.0\ntargets: {raesoning: 0.5}"))
     assert "smoothing" not in str(refusal.value)
 
 
 def test_what_would_stop_the_run_is_refused_after_the_report(tmp_path, toys, capsys):
     path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\n")
     with pytest.raises(InputError) as refusal:
-        doctor.start(path, ["--compute.mesh=[1, 3, 1]"])
+        run_doctor(path, ["--compute.mesh=[1, 3, 1]"])
     wanted = "data.frames 8 cannot be spread over 3 devices (data x fsdp); take a multiple of 3"
     assert str(refusal.value) == f"{path}: {wanted}"
     assert "the mesh is for 3 devices, here are 8" in capsys.readouterr().out
@@ -179,13 +181,13 @@ def test_what_would_stop_the_run_is_refused_after_the_report(tmp_path, toys, cap
 def test_a_rule_that_one_program_breaks_is_told_rather_than_the_keys_of_the_other(tmp_path, toys):
     path = toy_settings(tmp_path, toys, "accumulate: 3\ntargets: {reasoning: 1.0}\n")
     with pytest.raises(InputError, match=r"data\.frames 8 does not divide by accumulate 3"):
-        doctor.start(path)
+        run_doctor(path)
 
 
 def test_what_would_spoil_the_run_is_a_warning(tmp_path, toys, capsys):
     path = toy_settings(tmp_path, toys, "samples: 2\nsampler: {max_tokens: 9}\naccumulate: 2\n")
     overrides = [f"--optimizer.rates.{part}=0.0" for part in model.PARTS]
-    assert doctor.start(path, [*overrides, "--compute.mesh=[2, 2, 4]"]) == 0
+    assert run_doctor(path, [*overrides, "--compute.mesh=[2, 2, 4]"]) == 0
     printed = capsys.readouterr().out
     for warning in (
         "sampler.max_tokens 9 cuts the longest true answer with reasoning",
@@ -199,7 +201,7 @@ def test_what_would_spoil_the_run_is_a_warning(tmp_path, toys, capsys):
     short = toys[0].with_name("short")
     hf.copy_side_files(toys[0], (short.mkdir(exist_ok=True), short)[1])
     (short / "config.json").write_text(json.dumps(shorter(long)))
-    assert doctor.start(path, [f"--model={short}", "--compute.mesh=[2, 2, 4]"]) == 0
+    assert run_doctor(path, [f"--model={short}", "--compute.mesh=[2, 2, 4]"]) == 0
     assert "the model was made for 20" in capsys.readouterr().out
 
 
@@ -212,7 +214,7 @@ def shorter(entries):
 def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, endoscopy, real_folder):
     folder = real_folder("3b")
     encoder = evaluate.encoder_of(folder, hf.read_config(folder))
-    frames = pipeline.read(pipeline.Config(root=str(endoscopy), split="all"))
+    frames = pipeline.read(options.Data(root=str(endoscopy), split="all"))
     lengths = doctor.measure(frames, encoder)
     assert lengths.lost == 0
     assert lengths.miou >= 0.99
@@ -227,8 +229,8 @@ def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, 
 
 def job_of(toys, program, **more):
     folder, data = toys
-    source = pipeline.Config(root=str(data), frames=8, questions=3)
-    return job_for(program(model=str(folder), data=source, compute=run.Compute(mesh=(1, 8, 1)), **more), folder)
+    source = options.Data(root=str(data), frames=8, questions=3)
+    return job_for(program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1)), **more), folder)
 
 
 def job_for(settings, folder):
@@ -238,11 +240,11 @@ def job_for(settings, folder):
     return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 
 
-@pytest.mark.parametrize(("program", "more"), [(sft.Config, {}), (grpo.Config, {"samples": 2})], ids=["sft", "grpo"])
+@pytest.mark.parametrize(("program", "more"), [(options.SFT, {}), (options.GRPO, {"samples": 2})], ids=["sft", "grpo"])
 def test_the_programs_of_a_run_are_lowered_without_any_array(toys, program, more):
     step, drawing = memory.lowered(job_of(toys, program, **more))
     assert "sharding" in step.as_text()
-    assert (drawing is not None) == (program is grpo.Config)
+    assert (drawing is not None) == (program is options.GRPO)
 
 
 @pytest.mark.slow
@@ -250,7 +252,7 @@ def test_the_programs_of_a_run_are_lowered_without_any_array(toys, program, more
 def test_the_estimate_is_close_to_what_the_compiler_says(real_folder, endoscopy, name):
     path, folder = CONFIGS / f"{name}.yaml", real_folder("3b")
     overrides = [f"--model={folder}", f"--data.root={endoscopy}", "--data.frames=8", "--compute.dtype=float32"]
-    job = job_for(doctor.load(path, overrides), folder)
+    job = job_for(options.load(path, overrides), folder)
     by_compiler, by_arithmetic = memory.compiled(job), memory.estimated(job)
     print(by_compiler, by_arithmetic, sep="\n")
     assert by_compiler[:4] == by_arithmetic[:4]
@@ -258,33 +260,33 @@ def test_the_estimate_is_close_to_what_the_compiler_says(real_folder, endoscopy,
 
 
 def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
-    job = job_of(toys, grpo.Config, samples=2, objective={"beta": 0.04})
+    job = job_of(toys, options.GRPO, samples=2, objective={"beta": 0.04})
     bytes_of = memory.estimated(job)
     total = 4 * sum(leaf.size for leaf in jax.tree.leaves(job.params))
     assert total / 8 <= bytes_of.parameters < total / 4  # norms and biases are on every device
     assert bytes_of.reference == bytes_of.gradients == bytes_of.parameters
     assert bytes_of.moments == pytest.approx(2 * bytes_of.parameters, rel=0.01)
-    assert memory.estimated(job_of(toys, grpo.Config, objective={"beta": 0.0})).reference == 0
+    assert memory.estimated(job_of(toys, options.GRPO, objective={"beta": 0.0})).reference == 0
 
 
 def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):
     told = memory.Bytes(1 << 20, 0, 0, 0, 5 << 30, 0, "compiled")
     monkeypatch.setattr(memory, "compiled", lambda job: told)
     path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\n")
-    assert doctor.start(path) == 0
+    assert run_doctor(path) == 0
     printed = capsys.readouterr().out
     assert "the compiled step" in printed
     assert "5.00 GiB" in printed
     monkeypatch.setattr(doctor, "SMALL", 0)
-    assert doctor.start(path) == 0
+    assert run_doctor(path) == 0
     assert "estimated, within a factor of two" in capsys.readouterr().out
 
 
 def test_settings_of_the_file_reach_the_report(tmp_path, toys, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "SMALL", 0)
     path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\noptimizer: {learning_rate: 0.002}\n")
-    assert doctor.start(path, ["--schedule.steps=77"]) == 0
+    assert run_doctor(path, ["--schedule.steps=77"]) == 0
     printed = capsys.readouterr().out
     assert "SFT, 77 steps of 8 frames" in printed
     assert "rate 0.002" in printed
-    assert config.load(sft.Config, path).schedule.steps != 77
+    assert config.load(options.SFT, path).schedule.steps != 77

@@ -1,54 +1,39 @@
 """Training learns: SFT takes in a handful of frames, GRPO moves probability towards what is rewarded."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import randomised
 import toy
-from toy import quick_compile  # noqa: F401
+from toy import few_devices, quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     advantages,
-    evaluate,
     grpo,
     log,
     model,
     objectives,
     optim,
-    pipeline,
-    run,
+    options,
     sampling,
     sft,
-    sharding,
 )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("learning")
-    toy.write_data(folder / "data", frames=8)
-    toy.write_model(folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-        yield
+    return toy.write_start(tmp_path_factory.mktemp("learning"), frames=8)
 
 
 def test_sft_takes_in_a_handful_of_frames(place):
-    settings = sft.Config(
+    settings = options.SFT(
         model=str(place / "start"),
-        data=pipeline.Config(root=str(place / "data"), frames=4, questions=3),
-        targets=pipeline.Targets(reasoning=0.0),
-        optimizer=optim.Config(kind="muon", learning_rate=0.02, warmup=0.0, schedule="constant"),
-        schedule=run.Schedule(steps=60, save_every=1000, log_every=1),
-        evaluation=evaluate.Config(split="train", frames=4, questions=3, max_tokens=24),
+        data=options.Data(root=str(place / "data"), frames=4, questions=3),
+        targets=options.Targets(reasoning=0.0),
+        optimizer=options.Optimizer(kind="muon", learning_rate=0.02, warmup=0.0, schedule="constant"),
+        schedule=options.Schedule(steps=60, save_every=1000, log_every=1),
+        evaluation=options.Evaluation(split="train", frames=4, questions=3, max_tokens=24),
     )
     scores = sft.train(settings, place / "sft")
     rows = [row for row in log.read_metrics(place / "sft" / "metrics.jsonl") if "loss" in row]
@@ -71,15 +56,15 @@ class Bandit:
         config = randomised.config()
         self.graph, _ = model.build(config)
         self.params = toy.params(config)
-        self.settings = grpo.Config(
+        self.settings = options.GRPO(
             model="-",
             samples=SAMPLES,
-            sampler=sampling.Config(max_tokens=3),
-            objective=objectives.Config(beta=beta),
-            data=pipeline.Config(root="-", frames=2),
+            sampler=options.Sampler(max_tokens=3),
+            objective=options.Objective(beta=beta),
+            data=options.Data(root="-", frames=2),
         )
         self.tx = optim.transformation(
-            optim.Config(learning_rate=3e-3, schedule="constant", warmup=0.0), 20, self.params
+            options.Optimizer(learning_rate=3e-3, schedule="constant", warmup=0.0), 20, self.params
         )
         small = ((4, 6),)
         frames = [

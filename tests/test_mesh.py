@@ -8,27 +8,16 @@ import numpy as np
 import optax
 import pytest
 import randomised
-import toy
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from randomised import PAD, STOP
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import errors, evaluate, grpo, model, optim, pipeline, run, sampling, sft, sharding
+from surgery_r1_jax import errors, evaluate, grpo, model, optim, options, pipeline, run, sampling, sft, sharding
 
 SAMPLES, TOKENS = 2, 6
 NOTHING = jnp.zeros(randomised.VOCABULARY, jnp.int32) - 1  # no id is a number
 ALLOWED = jnp.asarray(np.isin(np.arange(randomised.VOCABULARY), [*range(30, 42), STOP]))
-
-
-@pytest.fixture(scope="module")
-def config():
-    return randomised.config()
-
-
-@pytest.fixture(scope="module")
-def params(config):
-    return toy.params(config)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +80,7 @@ def sft_on(config, batch, meshes, started):
 
     @functools.lru_cache
     def compute(devices, accumulate):
-        settings = sft.Config(model="-", accumulate=accumulate, data=pipeline.Config(root="-", frames=8))
+        settings = options.SFT(model="-", accumulate=accumulate, data=options.Data(root="-", frames=8))
         state, shardings = started(devices)
         step = run.keep_layout(functools.partial(sft.train_step, graph, KEEP, settings=settings), shardings)
         for _ in range(2):
@@ -115,9 +104,9 @@ def test_sft_loss_and_gradients_do_not_depend_on_devices_or_parts(sft_on):
 @pytest.fixture(scope="module")
 def settings():
     def make(accumulate=1):
-        data = pipeline.Config(root="-", frames=8)
-        sampler = sampling.Config(max_tokens=TOKENS, temperature=0.9)
-        return grpo.Config(model="-", samples=SAMPLES, accumulate=accumulate, sampler=sampler, data=data)
+        data = options.Data(root="-", frames=8)
+        sampler = options.Sampler(max_tokens=TOKENS, temperature=0.9)
+        return options.GRPO(model="-", samples=SAMPLES, accumulate=accumulate, sampler=sampler, data=data)
 
     return make
 
@@ -201,7 +190,7 @@ def test_parts_are_groups_of_whole_frames_that_add_up_to_the_batch(parts):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_parameters_and_moments_are_spread_over_the_mesh(placed, started, kind):
-    tx = optim.transformation(optim.Config(kind=kind), 10, placed[8])
+    tx = optim.transformation(options.Optimizer(kind=kind), 10, placed[8])
     state, _ = started(8, tx)
 
     def share(tree):

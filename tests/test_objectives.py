@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import config, objectives
+from surgery_r1_jax import config, objectives, options
 from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.objectives import Config
 
 B, J, T, LONGEST = 2, 4, 6, 8
-PRESETS = sorted(objectives.PRESETS)
+PRESETS = sorted(options.PRESETS)
 
 
 class Case(NamedTuple):
@@ -50,7 +49,7 @@ def whole(mask, parts=1):
 
 
 def settings_of(name, **changes):
-    return Config(preset=name, **({"beta": 0.1} | changes))
+    return options.Objective(preset=name, **({"beta": 0.1} | changes))
 
 
 @partial(jax.jit, static_argnames="objective")
@@ -369,21 +368,21 @@ def test_statistics_are_token_means():
 def test_only_scorable_and_whole_completions_enter_the_loss():
     mask = jnp.ones((1, 3, T), bool)
     scorable, truncated = jnp.asarray([[True, True, False]]), jnp.asarray([[False, True, False]])
-    kept = objectives.loss_mask(mask, scorable, truncated, Config(preset="grpo"))
+    kept = objectives.loss_mask(mask, scorable, truncated, options.Objective(preset="grpo"))
     np.testing.assert_array_equal(kept.any(-1), [[True, True, False]])
-    kept = objectives.loss_mask(mask, scorable, truncated, Config(preset="dapo"))
+    kept = objectives.loss_mask(mask, scorable, truncated, options.Objective(preset="dapo"))
     np.testing.assert_array_equal(kept.any(-1), [[True, False, False]])
     assert whole(kept).sequences == 1 and whole(kept).tokens == T
 
 
 def test_a_preset_fills_in_what_is_not_given():
-    assert Config().beta == 0.04
-    assert Config(preset="dapo").epsilon_high == 0.28
-    changed = config.parse(Config, "preset: gspo\nepsilon_high: 0.001\n", "run.yaml")
+    assert options.Objective().beta == 0.04
+    assert options.Objective(preset="dapo").epsilon_high == 0.28
+    changed = config.parse(options.Objective, "preset: gspo\nepsilon_high: 0.001\n", "run.yaml")
     assert (changed.ratio, changed.epsilon_low, changed.epsilon_high) == ("sequence", 3e-4, 0.001)
-    assert config.parse(Config, config.dump(changed), "saved.yaml") == changed
+    assert config.parse(options.Objective, config.dump(changed), "saved.yaml") == changed
     for name in PRESETS:
-        assert hash(Config(preset=name)) == hash(Config(preset=name))
+        assert hash(options.Objective(preset=name)) == hash(options.Objective(preset=name))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +390,7 @@ def test_a_preset_fills_in_what_is_not_given():
 )
 def test_mistaken_settings_are_refused_with_their_line(text):
     with pytest.raises(InputError, match=r"run.yaml"):
-        config.parse(Config, text, "run.yaml")
+        config.parse(options.Objective, text, "run.yaml")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,26 +8,15 @@ import numpy as np
 import optax
 import pytest
 import randomised
-import toy
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import errors, model, optim, pipeline, run, sft
+from surgery_r1_jax import errors, model, optim, options, run, sft
 
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def config():
-    return randomised.config()
-
-
-@pytest.fixture(scope="module")
-def params(config):
-    return toy.params(config)
-
-
 def rates(steps=STEPS, **settings):
-    schedule = optim.schedule(optim.Config(learning_rate=2.0, **settings), steps)
+    schedule = optim.schedule(options.Optimizer(learning_rate=2.0, **settings), steps)
     return np.asarray([schedule(step) for step in range(steps)])
 
 
@@ -76,8 +65,8 @@ FLAT = dict(schedule="constant", warmup=0.0, clip_norm=1e9)
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_frozen_part_does_not_move_and_has_no_moments(params, kind):
-    shares = optim.Rates(tower=0.0, merger=1.0, decoder=0.0)
-    change, state = stepped(params, optim.Config(kind=kind, rates=shares, weight_decay=0.1, **FLAT))
+    shares = options.Rates(tower=0.0, merger=1.0, decoder=0.0)
+    change, state = stepped(params, options.Optimizer(kind=kind, rates=shares, weight_decay=0.1, **FLAT))
     for path, moved in change.items():
         assert moved.any() == (model.part_of(path) == "merger"), path
     held = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -88,16 +77,16 @@ def test_a_frozen_part_does_not_move_and_has_no_moments(params, kind):
 
 
 def test_a_frozen_part_gets_no_gradient(config, params):
-    settings = optim.Config(rates=optim.Rates(tower=0.0, merger=0.0))
+    settings = options.Optimizer(rates=options.Rates(tower=0.0, merger=0.0))
     total = lambda params: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(optim.freeze(params, settings)))  # noqa: E731
     for path, gradient in by_path(jax.grad(total)(params)).items():
         assert gradient.any() == (model.part_of(path) == "decoder"), path
 
 
 def test_each_part_learns_at_its_share_of_the_rate(params):
-    shares = optim.Rates(tower=0.5, merger=2.0, decoder=1.0)
-    plain, _ = stepped(params, optim.Config(learning_rate=1e-2, **FLAT))
-    scaled, _ = stepped(params, optim.Config(learning_rate=1e-2, rates=shares, **FLAT))
+    shares = options.Rates(tower=0.5, merger=2.0, decoder=1.0)
+    plain, _ = stepped(params, options.Optimizer(learning_rate=1e-2, **FLAT))
+    scaled, _ = stepped(params, options.Optimizer(learning_rate=1e-2, rates=shares, **FLAT))
     for path, moved in scaled.items():
         share = getattr(shares, model.part_of(path))
         np.testing.assert_allclose(moved, share * plain[path], rtol=1e-3, atol=1e-6, err_msg=str(path))
@@ -105,8 +94,8 @@ def test_each_part_learns_at_its_share_of_the_rate(params):
 
 def test_weight_decay_pulls_on_kernels_and_embeddings_only(params):
     settings = dict(learning_rate=1e-2, **FLAT)
-    plain, _ = stepped(params, optim.Config(**settings))
-    decayed, _ = stepped(params, optim.Config(weight_decay=0.5, **settings))
+    plain, _ = stepped(params, options.Optimizer(**settings))
+    decayed, _ = stepped(params, options.Optimizer(weight_decay=0.5, **settings))
     for path, value in by_path(params).items():
         pulled = decayed[path] - plain[path]
         want = -0.5e-2 * value if path[-1] in ("kernel", "embed", "head") else np.zeros_like(value)
@@ -115,7 +104,7 @@ def test_weight_decay_pulls_on_kernels_and_embeddings_only(params):
 
 
 def test_muon_makes_the_update_of_every_layers_matrix_orthogonal(params, config):
-    change, _ = stepped(params, optim.Config(kind="muon", learning_rate=1.0, **FLAT))
+    change, _ = stepped(params, options.Optimizer(kind="muon", learning_rate=1.0, **FLAT))
     blocks = ("decoder", "blocks")
     for path, inputs in (((*blocks, "q"), 1), ((*blocks, "o"), 2), (("tower", "blocks", "proj"), 2)):
         update = change[*path, "kernel"]
@@ -134,7 +123,9 @@ def test_muon_makes_the_update_of_every_layers_matrix_orthogonal(params, config)
 
 def test_the_gradient_is_clipped_to_its_norm_before_anything_else(params):
     gradients = noise(params)
-    settings = optim.Config(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, schedule="constant", warmup=0.0, clip_norm=0.5)
+    settings = options.Optimizer(
+        learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, schedule="constant", warmup=0.0, clip_norm=0.5
+    )
     # With so large an epsilon and so small a gradient Adam's update is the gradient itself.
     change, _ = stepped(params, settings, gradients)
     norm = float(optax.tree.norm(gradients))
@@ -145,8 +136,8 @@ def test_the_gradient_is_clipped_to_its_norm_before_anything_else(params):
 @pytest.fixture(scope="module")
 def training(config):
     """A jitted SFT step on two hand-made frames, and their batch."""
-    settings = sft.Config(
-        model="-", data=pipeline.Config(root="-"), optimizer=optim.Config(learning_rate=1e-2, schedule="constant")
+    settings = options.SFT(
+        model="-", data=options.Data(root="-"), optimizer=options.Optimizer(learning_rate=1e-2, schedule="constant")
     )
     frames = [randomised.frame(n, grids=((4, 6),), lengths=(7, 5)) for n in (1, 2)]
     graph, _ = model.build(config)
@@ -199,7 +190,7 @@ def test_steps_compile_once_and_a_bad_batch_is_as_if_it_had_never_been(training,
 def test_a_bad_loss_or_any_bad_gradient_leaf_leaves_everything_bitwise(params, kind, bad):
     # Few entries are enough here: one leaf of each sort.
     params = {"decoder": params["decoder"], "embed": params["embed"]}
-    tx = optim.transformation(optim.Config(kind=kind, **FLAT), STEPS, params)
+    tx = optim.transformation(options.Optimizer(kind=kind, **FLAT), STEPS, params)
     update = jax.jit(functools.partial(optim.update, tx=tx))
     gradients = noise(params)
     state, _ = update(optim.start(params, tx), jnp.float32(1.0), gradients)
@@ -219,7 +210,7 @@ def test_a_bad_loss_or_any_bad_gradient_leaf_leaves_everything_bitwise(params, k
 
 
 def test_three_bad_steps_in_a_row_end_the_run():
-    plan = run.Schedule()
+    plan = options.Schedule()
     run.check_sound(7, {"skipped_in_a_row": jnp.int32(2)}, plan)
     with pytest.raises(errors.NumericError, match="step 8: loss or gradient was not finite 3 times in a row"):
         run.check_sound(8, {"skipped_in_a_row": jnp.int32(3)}, plan)

@@ -12,7 +12,7 @@ import pytest
 import randomised
 from randomised import IMAGE, PAD, STOP
 
-from surgery_r1_jax import grid, hf, model, sampling, scoring
+from surgery_r1_jax import grid, hf, model, options, sampling, scoring
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
 
@@ -147,7 +147,7 @@ def test_greedy_tokens_through_the_cache_equal_transformers(oracle):
     allowed = np.ones(config.text.vocab_size, bool)
     allowed[[STOP, IMAGE]] = False
     graph, _ = model.build(config)
-    settings = sampling.Config(max_tokens=32, temperature=0.0)
+    settings = options.Sampler(max_tokens=32, temperature=0.0)
     vocabulary = sampling.Vocabulary(jnp.asarray(allowed), STOP, PAD)
     out = jax.jit(
         lambda params, prompts: sampling.rollout(

@@ -10,7 +10,19 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import answer, evaluate, examples, hf, pipeline, reasoning, records, synth, tiny, vocabulary
+from surgery_r1_jax import (
+    answer,
+    evaluate,
+    examples,
+    hf,
+    options,
+    pipeline,
+    reasoning,
+    records,
+    synth,
+    tiny,
+    vocabulary,
+)
 from surgery_r1_jax.errors import InputError
 
 FRAMES = 9
@@ -30,7 +42,7 @@ def frames(tmp_path_factory):
 
 
 def config(**more):
-    return pipeline.Config(root="data", **{"frames": 4, "questions": 3, **more})
+    return options.Data(root="data", **{"frames": 4, "questions": 3, **more})
 
 
 def take(stream, count):
@@ -139,7 +151,7 @@ def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
 @pytest.mark.parametrize("kind", ["training", "rollouts"])
 def test_a_stream_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, frames, kind):
     if kind == "training":
-        stream, _ = pipeline.training(frames, encoder, config(), pipeline.Targets(box_slack=0.4), seed=1)
+        stream, _ = pipeline.training(frames, encoder, config(), options.Targets(box_slack=0.4), seed=1)
     else:
         stream, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
     steps = int(2.5 * len(pipeline.plan_rows(frames, 3, 1)) / 4)
@@ -166,7 +178,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_a_remedy(encoder, frames):
     with pytest.raises(InputError, match=reason):
         pipeline.rollouts(frames, encoder, config(frames=rows + 1), seed=0)
     with pytest.raises(InputError, match=reason):
-        pipeline.training(frames, encoder, config(frames=rows + 1), pipeline.Targets(), seed=0)
+        pipeline.training(frames, encoder, config(frames=rows + 1), options.Targets(), seed=0)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(encoder, frames):
@@ -197,7 +209,7 @@ def test_rows_share_the_questions_out_evenly(counts, questions, seed):
 
 
 def test_the_plan_is_the_tightest_that_holds_everything(encoder, frames):
-    stream, shape = pipeline.training(frames, encoder, config(frames=8, questions=9), pipeline.Targets(), seed=0)
+    stream, shape = pipeline.training(frames, encoder, config(frames=8, questions=9), options.Targets(), seed=0)
     batches = take(stream, 3)
     lanes = np.concatenate([(batch.branch_segment_BJT > 0).any(-1).sum(-1) for batch in batches])
     tokens = np.concatenate([(batch.branch_segment_BJT > 0).sum(-1).ravel() for batch in batches])
@@ -224,9 +236,9 @@ def test_short_branches_share_a_lane():
 
 def test_a_limit_spreads_over_the_split(frames):
     root = frames[0].image.parents[2]
-    limited = pipeline.read(pipeline.Config(root=str(root), split="all", limit=3))
+    limited = pipeline.read(options.Data(root=str(root), split="all", limit=3))
     assert [frame.id for frame in limited] == [frames[0].id, frames[4].id, frames[8].id]
-    assert pipeline.read(pipeline.Config(root=str(root), split="all", limit=99)) == frames
+    assert pipeline.read(options.Data(root=str(root), split="all", limit=99)) == frames
 
 
 # What is taught
@@ -244,10 +256,10 @@ def taught(encoder, frames, targets, seed=0):
 @pytest.mark.parametrize(
     ("targets", "thinking", "wanted"),
     [
-        (pipeline.Targets(), 1, (0, 0, 1)),
-        (pipeline.Targets(reasoning=0), 0, (0, 0, 1)),
-        (pipeline.Targets(reasoning=0.5, answer_only=0.2, box_only=0.3), 0.5, (0.2, 0.3, 0.5)),
-        (pipeline.Targets(answer_only=0.75, box_only=0.25), 1, (0.75, 0.25, 0)),
+        (options.Targets(), 1, (0, 0, 1)),
+        (options.Targets(reasoning=0), 0, (0, 0, 1)),
+        (options.Targets(reasoning=0.5, answer_only=0.2, box_only=0.3), 0.5, (0.2, 0.3, 0.5)),
+        (options.Targets(answer_only=0.75, box_only=0.25), 1, (0.75, 0.25, 0)),
     ],
 )
 def test_shares_of_reasoning_and_of_what_is_wanted(encoder, frames, targets, thinking, wanted):
@@ -260,13 +272,13 @@ def test_shares_of_reasoning_and_of_what_is_wanted(encoder, frames, targets, thi
 
 def test_more_than_the_whole_is_refused():
     with pytest.raises(ValueError, match=r"answer_only 0\.6 and box_only 0\.5 are more than 1 together"):
-        pipeline.Targets(answer_only=0.6, box_only=0.5)
+        options.Targets(answer_only=0.6, box_only=0.5)
 
 
 def test_reasoning_of_the_data_replaces_ours(encoder, frames):
     own = dataclasses.replace(frames[0].records[0], think="A teacher wrote this.")
     frame = dataclasses.replace(frames[0], records=(own, *frames[0].records[1:]))
-    thoughts = [parsed.think for *_, parsed in taught(encoder, [frame], pipeline.Targets())]
+    thoughts = [parsed.think for *_, parsed in taught(encoder, [frame], options.Targets())]
     assert thoughts == ["A teacher wrote this.", *(reasoning.write(frame, r) for r in frame.records[1:])]
 
 
@@ -291,7 +303,7 @@ def test_all_questions_about_an_instrument_are_taught_one_coarse_box(encoder, fr
     frame = dataclasses.replace(frame, records=(*frame.records, which))
     seen = {}
     for seed in range(3):
-        targets = pipeline.Targets(reasoning=0, box_slack=0.5)
+        targets = options.Targets(reasoning=0, box_slack=0.5)
         for index, record in enumerate(frame.records):
             branch = pipeline._branch(frame, encoder, targets, seed, 0, index)
             found = answer.parse(encoder.chat.decode(branch.completion), classes=vocabulary.EXTENDED_CLASSES)
@@ -301,7 +313,7 @@ def test_all_questions_about_an_instrument_are_taught_one_coarse_box(encoder, fr
 
 
 def test_without_slack_the_boxes_are_exact(encoder, frames):
-    for number, record, _, parsed in taught(encoder, frames, pipeline.Targets()):
+    for number, record, _, parsed in taught(encoder, frames, options.Targets()):
         size = encoder.preprocessor.resized(frames[number].width, frames[number].height)
         assert parsed.box == tuple(map(float, encoder.codec.encode(record.box, *size)))
 
@@ -355,5 +367,5 @@ def test_no_place_on_disk_is_in_the_fingerprint(tmp_path):
 
 def test_an_epoch_is_planned_without_opening_an_image(encoder, frames, monkeypatch):
     monkeypatch.setattr(examples.images, "load", lambda path: pytest.fail(f"opened {path}"))
-    pipeline.training(frames, encoder, config(), pipeline.Targets(), seed=0)
+    pipeline.training(frames, encoder, config(), options.Targets(), seed=0)
     pipeline.rollouts(frames, encoder, config(), seed=0)

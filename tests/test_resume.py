@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import toy
-from toy import quick_compile  # noqa: F401
+from toy import few_devices, quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     checkpoint,
@@ -21,9 +21,9 @@ from surgery_r1_jax import (
     grpo,
     log,
     optim,
+    options,
     pipeline,
     run,
-    sampling,
     sft,
     sharding,
 )
@@ -33,38 +33,25 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a data set and a start model."""
-    folder = tmp_path_factory.mktemp("resume")
-    toy.write_data(folder / "data", frames=10)
-    toy.write_model(folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    """A mesh takes the first of the eight devices, as many as its shape needs."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[: np.prod(shape)]))
-        yield
+    return toy.write_start(tmp_path_factory.mktemp("resume"), frames=10)
 
 
 def sft_settings(place, **changes):
     settings = dict(
         model=str(place / "start"),
-        data=pipeline.Config(root=str(place / "data"), frames=4, questions=2),
-        optimizer=optim.Config(learning_rate=1e-2),
-        schedule=run.Schedule(steps=STEPS, eval_every=3, save_every=100, log_every=1),
-        evaluation=evaluate.Config(frames=4, questions=3, limit=1, max_tokens=4),
-        compute=run.Compute(mesh=(2, 2, 2)),
+        data=options.Data(root=str(place / "data"), frames=4, questions=2),
+        optimizer=options.Optimizer(learning_rate=1e-2),
+        schedule=options.Schedule(steps=STEPS, eval_every=3, save_every=100, log_every=1),
+        evaluation=options.Evaluation(frames=4, questions=3, limit=1, max_tokens=4),
+        compute=options.Compute(mesh=(2, 2, 2)),
     )
-    return sft.Config(**(settings | changes))
+    return options.SFT(**(settings | changes))
 
 
 def grpo_settings(place, **changes):
-    settings = dict(samples=2, minibatches=2, sampler=sampling.Config(max_tokens=4))
+    settings = dict(samples=2, minibatches=2, sampler=options.Sampler(max_tokens=4))
     settings |= sft_settings(place).model_dump(include={"model", "data", "optimizer", "schedule", "evaluation"})
-    return grpo.Config(compute=run.Compute(mesh=(1, 1, 1)), **(settings | changes))
+    return options.GRPO(compute=options.Compute(mesh=(1, 1, 1)), **(settings | changes))
 
 
 def interrupted(function, call, how):
@@ -210,7 +197,7 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
     rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
     monkeypatch.setattr(evaluate, "score", lambda predictions: {"joint_rate": next(rates)})
-    schedule = run.Schedule(steps=STEPS, eval_every=1, save_every=1, log_every=1)
+    schedule = options.Schedule(steps=STEPS, eval_every=1, save_every=1, log_every=1)
     sft.train(sft_settings(place, schedule=schedule), tmp_path)
     assert steps(tmp_path / "checkpoints") == [4, 5]
     assert steps(tmp_path / "best") == [2]
@@ -230,7 +217,7 @@ def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(pla
         return put_batch(batch, mesh)
 
     monkeypatch.setattr(sharding, "put_batch", spoilt)
-    schedule = run.Schedule(steps=STEPS, save_every=3, log_every=1)
+    schedule = options.Schedule(steps=STEPS, save_every=3, log_every=1)
     with pytest.raises(errors.NumericError, match="step 4: loss or gradient was not finite 3 times in a row"):
         sft.train(sft_settings(place, schedule=schedule), tmp_path)
     state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "3" / "state").absolute())
@@ -257,7 +244,7 @@ def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_step
 
 def begin(place, folder, mesh):
     """The target of a restore, a state and a data iterator, as `sft.train` makes them."""
-    settings = sft_settings(place, compute=run.Compute(mesh=mesh))
+    settings = sft_settings(place, compute=options.Compute(mesh=mesh))
     setup = run.prepare(folder, settings.model, settings.compute, settings, resume=False)
     tx = optim.transformation(settings.optimizer, STEPS, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)

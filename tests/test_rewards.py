@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import location, rewards, vocabulary
+from surgery_r1_jax import location, options, rewards, vocabulary
 
 LABELS = Path(__file__).resolve().parents[2] / "shared" / "data" / "endovis18" / "labels_train.txt"
 COHERENCE = ("joint", "joint_soft", "harmonic", "concord", "geometry", "think_answer", "think_box", "triple")
@@ -248,7 +248,7 @@ def test_score_weighs_and_adds_the_terms_for_every_form():
     iou_forms = {"true": "iou", "threshold": "iou_threshold", "squared": "iou_squared", "giou": "giou"}
     for weight, (coherence, (form, iou)) in enumerate(zip(COHERENCE, [*iou_forms.items()] * 2, strict=True)):
         weights = dict(format_weight=weight, accuracy_weight=0.5, iou_weight=2.0, coherence_weight=1.5)
-        config = rewards.Config(**weights, iou_form=form, coherence_form=coherence, tau=TAU, concord_lambda=PENALTY)
+        config = options.Reward(**weights, iou_form=form, coherence_form=coherence, tau=TAU, concord_lambda=PENALTY)
         result = rewards.score(judged, config)
         wanted = [terms[name] for name in ("well_formed", "accuracy", iou, coherence)]
         for term, want in zip(result[:4], wanted, strict=True):
@@ -258,12 +258,12 @@ def test_score_weighs_and_adds_the_terms_for_every_form():
 
 def test_a_perfect_completion_earns_four_and_an_empty_one_nothing():
     nothing = dict(answer=-1, box_ok=False, format_ok=False, think_answer=-1, think_box_ok=(False,) * 4)
-    assert scored(rewards.Config()) == (1, 1, 1, 1, 4)
-    assert scored(rewards.Config(), **nothing) == (0, 0, 0, 0, 0)
+    assert scored(options.Reward()) == (1, 1, 1, 1, 4)
+    assert scored(options.Reward(), **nothing) == (0, 0, 0, 0, 0)
 
 
 def test_a_part_that_is_not_wanted_earns_and_costs_nothing():
-    for config in (rewards.Config(), rewards.Config(coherence_form="concord")):
+    for config in (options.Reward(), options.Reward(coherence_form="concord")):
         assert scored(config, wants_box=False) == (1, 1, 0, 0, 2)
         assert scored(config, wants_answer=False) == (1, 0, 1, 0, 2)
 
@@ -364,7 +364,7 @@ def test_likelihood_pays_the_surer_of_the_right_answers():
 def test_bfloat16_boxes_are_judged_in_float32():
     judged = stack([PERFECT._replace(box=(x / 8, 0.5, 1.0, 0.875)) for x in range(7)])
     short = judged._replace(box=jnp.asarray(judged.box, jnp.bfloat16))  # eighths are exact in bfloat16
-    for term, same in zip(rewards.score(judged, rewards.Config()), rewards.score(short, rewards.Config()), strict=True):
+    for term, same in zip(rewards.score(judged, options.Reward()), rewards.score(short, options.Reward()), strict=True):
         np.testing.assert_array_equal(term, same)
 
 
@@ -372,13 +372,13 @@ def test_leading_axes_are_free():
     judged = stack(random_rows(2))
     folded = rewards.Judged(*(array.reshape(4, -1, *array.shape[1:]) for array in judged))
     for term, wide in zip(
-        rewards.score(judged, rewards.Config()), rewards.score(folded, rewards.Config()), strict=True
+        rewards.score(judged, options.Reward()), rewards.score(folded, options.Reward()), strict=True
     ):
         np.testing.assert_array_equal(wide.reshape(-1), term)
 
 
 def test_score_is_the_same_without_jit():
-    judged, config = stack(random_rows(1)), rewards.Config()
+    judged, config = stack(random_rows(1)), options.Reward()
     for term, plain in zip(rewards.score(judged, config), rewards.score.__wrapped__(judged, config), strict=True):
         np.testing.assert_allclose(term, plain, atol=1e-6)
 
@@ -386,7 +386,7 @@ def test_score_is_the_same_without_jit():
 def test_nothing_is_promoted_in_silence():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         jax.eval_shape(every_term.__wrapped__, stack([PERFECT]))
-        jax.eval_shape(lambda judged: rewards.score.__wrapped__(judged, rewards.Config()), stack([PERFECT]))
+        jax.eval_shape(lambda judged: rewards.score.__wrapped__(judged, options.Reward()), stack([PERFECT]))
 
 
 @pytest.mark.parametrize(
@@ -404,4 +404,4 @@ def test_nothing_is_promoted_in_silence():
 )
 def test_a_config_mistake_is_refused(keys):
     with pytest.raises(pydantic.ValidationError):
-        rewards.Config(**keys)
+        options.Reward(**keys)

@@ -8,27 +8,16 @@ import numpy as np
 import pytest
 import randomised
 import scipy.stats
-import toy
 from randomised import IMAGE, PAD, STOP, VISION_END, VISION_START
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import grpo, model, objectives, pipeline, sampling
+from surgery_r1_jax import grpo, model, objectives, options, sampling
 from surgery_r1_jax.batch import padding_like
 
 TOKENS, SAMPLES = 10, 4
 WORDS = np.arange(30, 42)  # the few ids that may be drawn, so that lanes stop at different times
 FRAMES = jnp.asarray([11, 5])  # numbers in the data set
 QUESTIONS = jnp.asarray([[0, 3, -1], [4, 0, 2]])
-
-
-@pytest.fixture(scope="module")
-def config():
-    return randomised.config()
-
-
-@pytest.fixture(scope="module")
-def params(config):
-    return toy.params(config)
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +63,20 @@ def roll_out(
     return jax.tree.map(np.asarray, drawn)
 
 
-PLAIN = sampling.Config(max_tokens=TOKENS, top_k=8)
-GREEDY = sampling.Config(max_tokens=TOKENS, temperature=0.0)
+PLAIN = options.Sampler(max_tokens=TOKENS, top_k=8)
+GREEDY = options.Sampler(max_tokens=TOKENS, temperature=0.0)
 
 
 @functools.lru_cache
 def scorer(config, settings):
     """The trainer's scores of drawn tokens, from one full forward pass."""
-    run = grpo.Config(model="-", samples=SAMPLES, sampler=settings, data=pipeline.Config(root="-"))
+    run = options.GRPO(model="-", samples=SAMPLES, sampler=settings, data=options.Data(root="-"))
     return jax.jit(functools.partial(grpo.token_scores, model.build(config)[0], run))
 
 
 @pytest.mark.parametrize("chosen", [{"top_p": 0.9, "temperature": 0.7}, {"top_k": 8}], ids=str)
 def test_sampled_log_probabilities_are_the_trainers_and_the_first_ratio_is_one(config, params, prompts, chosen):
-    settings = sampling.Config(max_tokens=TOKENS, **chosen)
+    settings = options.Sampler(max_tokens=TOKENS, **chosen)
     drawn = roll_out(config, params, prompts, settings)
     scores = scorer(config, settings)(params, sampling.branches(prompts, drawn, SAMPLES), allowed())
     gap = np.abs(scores.logp_BL - drawn.logp_BJT)[drawn.mask_BJT]
@@ -95,7 +84,7 @@ def test_sampled_log_probabilities_are_the_trainers_and_the_first_ratio_is_one(c
 
     mask = jnp.asarray(drawn.mask_BJT)
     whole = objectives.totals(mask, max_completion=TOKENS)
-    plain = objectives.Config(preset="dapo")
+    plain = options.Objective(preset="dapo")
     _, stats = objectives.policy_loss(scores.logp_BL, drawn.logp_BJT, jnp.ones(mask.shape[:2]), mask, whole, plain)
     for name in ("min", "mean", "max"):
         assert abs(float(stats[f"sampling/importance_sampling_ratio/{name}"]) - 1) < 1e-4
@@ -187,7 +176,7 @@ def test_decoding_ends_when_every_lane_has_stopped(config, params, prompts, monk
         return draw(*arguments)
 
     monkeypatch.setattr(sampling, "draw", counted)
-    settings = sampling.Config(max_tokens=200, temperature=1.5)
+    settings = options.Sampler(max_tokens=200, temperature=1.5)
     drawn = roll_out(config, params, prompts, settings, ids=allowed(WORDS[:2]))
     jax.effects_barrier()
     assert 1 < len(steps) == drawn.mask_BJT.sum(-1).max() < 200
@@ -234,7 +223,7 @@ def test_tokens_are_drawn_as_often_as_a_numpy_truncation_says(temperature, top_k
     kept, logp = kept_by_numpy(LOGITS, temperature, top_k, top_p)
     draws = 5_000
     keys = jax.random.split(jax.random.key(5), (1, draws))
-    settings = sampling.Config(temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = options.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     draw = jax.jit(
         lambda keys, logits: sampling.draw(keys, jnp.broadcast_to(logits, (1, draws, logits.size)), settings)
     )
@@ -250,5 +239,5 @@ def test_tokens_are_drawn_as_often_as_a_numpy_truncation_says(temperature, top_k
 
 def test_temperature_zero_takes_the_first_of_the_likeliest():
     logits = jnp.asarray(LOGITS, jnp.float32)[None, None]
-    token, logp = sampling.draw(jax.random.split(jax.random.key(0), (1, 1)), logits, sampling.Config(temperature=0.0))
+    token, logp = sampling.draw(jax.random.split(jax.random.key(0), (1, 1)), logits, options.Sampler(temperature=0.0))
     assert token.item() == 0 and abs(logp.item() - jax.nn.log_softmax(logits)[0, 0, 0]) < 1e-6

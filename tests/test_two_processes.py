@@ -1,6 +1,5 @@
 """Two processes over loopback train, stop and evaluate as one does."""
 
-import functools
 import json
 import os
 import re
@@ -14,27 +13,16 @@ import numpy as np
 import pytest
 import toy
 import two_process_worker as worker
-from toy import quick_compile  # noqa: F401
+from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import checkpoint, grpo, log, sft, sharding
+from surgery_r1_jax import checkpoint, grpo, log, options, sft
 
 LIMIT = 420  # seconds; about 60 on two idle cores
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    toy.write_data(folder / "data", frames=12)
-    toy.write_model(folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """This process, the standard of comparison, has one device, as each of the two has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-        yield
+    return toy.write_start(tmp_path_factory.mktemp("two"), frames=12)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +84,7 @@ def parameters(out):
 
 def test_sft_of_two_processes_equals_that_of_one(folder, found):
     step = stopping_step(found)
-    sft.train(worker.settings(folder, sft.Config, step), folder / "one_sft")
+    sft.train(worker.settings(folder, options.SFT, step), folder / "one_sft")
     names = ("loss", "grad_norm", "num_tokens")
     one, two = logged(folder / "one_sft", *names), logged(folder / "two_sft", *names)
     np.testing.assert_allclose(one, two, rtol=1e-5)

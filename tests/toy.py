@@ -1,12 +1,14 @@
 """A toy data set and a toy start model on disk, small enough for tests of whole runs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from surgery_r1_jax import hf, model, synth, tiny
+from surgery_r1_jax import hf, model, sharding, synth, tiny
 
 SIZES = tiny.Sizes(
     hidden=32,
@@ -32,6 +34,19 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_devices():
+    """For modules that import it: a mesh takes the first devices, as many as its shape names, and by default one."""
+    make_mesh = sharding.make_mesh
+
+    def few(shape=(1, -1, 1)):
+        return make_mesh(shape, jax.devices()[: max(1, math.prod(shape))])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", few)
+        yield
+
+
 def params(config, seed=0, spread=0.1):
     """Parameters with nothing at its neutral value, drawn by NumPy: nothing to compile."""
     rng, flat = np.random.default_rng(seed), {}
@@ -45,6 +60,13 @@ def write_data(root, frames=8, sequences=("seq_2", "seq_6")):
     """Frames in the EndoVis layout, one instrument each; seq_2 trains, seq_6 is the dev split."""
     synth.write(root, frames=frames, seed=3, size=(112, 84), max_tools=1, sequences=sequences)
     return root
+
+
+def write_start(folder, frames):
+    """What a run starts from: `folder`/data and `folder`/start."""
+    write_data(folder / "data", frames)
+    write_model(folder / "start")
+    return folder
 
 
 def write_model(folder, seed=0, sizes=SIZES, spread=0.05):

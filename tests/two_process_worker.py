@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from surgery_r1_jax import checkpoint, errors, evaluate, grpo, optim, pipeline, run, sampling, sft, sharding
+from surgery_r1_jax import checkpoint, errors, evaluate, grpo, options, pipeline, sft, sharding
 
 MAX_TOKENS = 4
 
@@ -20,17 +20,17 @@ def settings(folder: Path, kind, steps: int, **more):
     """A short run on the folder's data; its optimiser is near plain descent, so that rounding is not blown up."""
     return kind(
         model=str(folder / "start"),
-        data=pipeline.Config(root=str(folder / "data"), frames=4, questions=2),
-        optimizer=optim.Config(learning_rate=0.1, b1=0.0, eps=1.0, schedule="constant", warmup=0.0),
-        schedule=run.Schedule(steps=steps, save_every=100, log_every=1),
-        evaluation=evaluate.Config(frames=4, questions=2, limit=3, max_tokens=MAX_TOKENS),
+        data=options.Data(root=str(folder / "data"), frames=4, questions=2),
+        optimizer=options.Optimizer(learning_rate=0.1, b1=0.0, eps=1.0, schedule="constant", warmup=0.0),
+        schedule=options.Schedule(steps=steps, save_every=100, log_every=1),
+        evaluation=options.Evaluation(frames=4, questions=2, limit=3, max_tokens=MAX_TOKENS),
         **more,
     )
 
 
 def grpo_settings(folder: Path):
     """One step of GRPO with a reference."""
-    return settings(folder, grpo.Config, 1, samples=2, sampler=sampling.Config(max_tokens=MAX_TOKENS))
+    return settings(folder, options.GRPO, 1, samples=2, sampler=options.Sampler(max_tokens=MAX_TOKENS))
 
 
 def answers(folder: Path) -> list[dict]:
@@ -38,7 +38,7 @@ def answers(folder: Path) -> list[dict]:
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(folder / "start", mesh)
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
-    data = pipeline.Config(root=str(folder / "data"), split="all", frames=4, questions=2, limit=5)
+    data = options.Data(root=str(folder / "data"), split="all", frames=4, questions=2, limit=5)
     return evaluate.predict(runner, loaded.params, pipeline.read(data), data, MAX_TOKENS)
 
 
@@ -62,7 +62,7 @@ def main(folder: Path, process: int, port: str) -> None:
     found["grpo"] = grpo.train(grpo_settings(folder), folder / "two_grpo")["n"]
     stop_one_process(process)
     try:
-        sft.train(settings(folder, sft.Config, 200), folder / "two_sft")
+        sft.train(settings(folder, options.SFT, 200), folder / "two_sft")
     except errors.Preempted as stop:
         found["stopped"] = str(stop)
     (folder / f"found{process}.json").write_text(json.dumps(found))
