@@ -248,16 +248,16 @@ def run(
 def print_scores(columns: dict[str, dict], title: str) -> None:
     """A table of metrics, one column a model or floor."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("metric", title=title, title_justify="left")
+    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     first = next(iter(columns.values()))
     for key, value in first.items():
         if isinstance(value, float):
             cells = (columns[name].get(key) for name in columns)
-            table.add_row(key, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+            table.add_row(key, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     Console().print(table)
 
 

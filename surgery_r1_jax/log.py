@@ -107,15 +107,23 @@ class RunLog:
         """Print sampled completions with their rewards, a dict each, and append them to `completions.jsonl`."""
         if not self.enabled or not rows:
             return
-        table = Table(title=Text(self._safe(f"{title}, step {step}")), title_justify="left", show_lines=True)
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        for name in columns:
-            table.add_column(Text(self._safe(name)), overflow="fold")
+        name = self._safe(f"{title}, step {step}")
+        table = Table(title=Text(name), title_justify="left", show_header=False, show_lines=True)
+        table.add_column("text", overflow="fold")
+        table.add_column("numbers", no_wrap=True)
         for row in rows:
             plain = {name: v if isinstance(v, str) else _number(v) for name, v in row.items()}
             _append(self._completions_file, {"step": step} | plain)
-            table.add_row(*(Text(self._safe(_cell(plain.get(name)))) for name in columns))
+            texts = {name: value for name, value in plain.items() if isinstance(value, str)}
+            numbers = {name: value for name, value in plain.items() if name not in texts}
+            table.add_row(self._block(texts), self._block(numbers))
         self.console.print(table)
+
+    def _block(self, cells: Mapping[str, Any]) -> Text:
+        """Names and values, a line each, the values lined up."""
+        width = max(map(len, cells), default=0)
+        lines = (self._safe(f"{name:{width}}  {_cell(value)}") for name, value in cells.items())
+        return Text("\n").join(map(Text, lines))
 
     def say(self, text: str) -> None:
         """Print one line above the progress bar."""

@@ -360,4 +360,4 @@ def test_files_that_do_not_belong_together_are_refused(folder, change, reason):
 def test_scores_are_printed_with_gaps_where_a_column_has_none(capsys):
     evaluate.print_scores({"model": {"accuracy": 0.5, "n": 3, "by_kind": {}}, "a_floor": {"accuracy": None}}, "title")
     printed = capsys.readouterr().out
-    assert "title" in printed and "a floor" in printed and "0.5000" in printed and "by_kind" not in printed
+    assert "title" in printed and "a floor" in printed and "0.500" in printed and "by_kind" not in printed
