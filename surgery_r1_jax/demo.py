@@ -6,7 +6,7 @@ What only the demo needs is here: the warm-up that stands in for a pretrained to
 Everything else is the product itself, called as a user would. Three things are arranged so that a model of 1.5 M
 parameters shows the mechanism in minutes, and are said wherever results are shown: SFT sees boxes that are pushed
 outwards on purpose (GRPO is rewarded with the exact ones), at most three instruments are in a frame, and states are
-drawn more evenly than in EndoVis-18.
+drawn more evenly than in EndoVis-18. `--smoke` only shows that all of it runs and learns: exact boxes, one instrument.
 """
 
 import functools
@@ -55,6 +55,8 @@ MOST_TOOLS = 3
 MAX_TOKENS = 20  # the longest right completion has 18
 # On CPU it is quicker to compute a layer's activations again than to write them out and read them back.
 COMPUTE = options.Compute(remat=True, tower_remat=True)
+ASKING = dict(frames=32, questions=7)  # of every evaluation: one shape, one program
+EVALUATION = options.Evaluation(**ASKING, limit=64, max_tokens=MAX_TOKENS)
 MARKER = "demo.json"
 
 
@@ -84,9 +86,9 @@ FULL = Budget(
 # Too short to tell instruments apart or for GRPO to sharpen boxes: one instrument a frame, and SFT has exact boxes.
 SMOKE = Budget(
     frames=1600,
-    warmup_steps=160,
-    sft_steps=220,
-    grpo_steps=5,
+    warmup_steps=140,
+    sft_steps=190,
+    grpo_steps=4,
     eval_frames=120,
     max_tools=1,
     box_slack=0.0,
@@ -163,7 +165,7 @@ class Stopwatch:
 
 
 def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> options.SFT:
-    """SFT on coarse boxes."""
+    """SFT on boxes as coarse as the budget says."""
     return options.SFT(
         model=str(base),
         seed=seed,
@@ -180,7 +182,7 @@ def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> options.SF
         ),
         compute=COMPUTE,
         schedule=options.Schedule(steps=budget.sft_steps, save_every=budget.sft_steps),
-        evaluation=options.Evaluation(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
+        evaluation=EVALUATION,
     )
 
 
@@ -196,7 +198,7 @@ def grpo_settings(out: Path, budget: Budget, seed: int) -> options.GRPO:
         optimizer=options.Optimizer(learning_rate=2e-4, b2=0.99, warmup=0.02, schedule="linear"),
         compute=COMPUTE,
         schedule=options.Schedule(steps=budget.grpo_steps, save_every=budget.grpo_steps),
-        evaluation=options.Evaluation(frames=32, questions=7, limit=64, max_tokens=MAX_TOKENS),
+        evaluation=EVALUATION,
     )
 
 
@@ -205,7 +207,7 @@ def answers(folder: Path, frames, *, blank: bool = False) -> list[dict]:
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(folder, mesh)
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, COMPUTE)
-    settings = options.Data(root="", frames=32, questions=7)
+    settings = options.Data(root="", **ASKING)
     predict = evaluate.predict_blank if blank else evaluate.predict
     return predict(runner, loaded.params, frames, settings, MAX_TOKENS)
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from PIL import Image
@@ -96,9 +97,9 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     none is given here. Without data the page has no pictures. Scores are counted afresh from the predictions.
     """
     floors, facts, notes = {}, {}, {}
-    runs = [_files(Path(given)) for given in run_dirs]
-    for _, file, _, _ in runs:
-        known = _object(file, file.read_bytes()) if file.exists() else {}
+    runs = [_evaluated(Path(given)) for given in run_dirs]
+    for each in runs:
+        known = _object(each.summary, each.summary.read_bytes()) if each.summary.exists() else {}
         floors |= known.get("floors", {})
         facts |= {key: str(known[key]) for key in ("data", "split") if key in known} | known.get("facts", {})
         notes |= dict.fromkeys(known.get("notes", []))
@@ -106,8 +107,8 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     frames = {frame.id: frame for frame in records.read(data)} if data else {}
     write(
         out,
-        title="Surgery-R1: " + ", ".join(name for name, *_ in runs),
-        stages=[_stage(*files) for files in runs],
+        title="Surgery-R1: " + ", ".join(each.name for each in runs),
+        stages=[_stage(each) for each in runs],
         floors=floors,
         images=lambda frame: images.load(frames[frame].image) if frame in frames else None,
         facts=facts,
@@ -116,21 +117,30 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     return 0
 
 
-def _files(given: Path) -> tuple[str, Path, Path, Path]:
-    """Name, summary, predictions and learning curve of a run given by its folder or its evaluation's file."""
+class Evaluated(NamedTuple):
+    """The files of a run that was evaluated."""
+
+    name: str
+    summary: Path
+    predictions: Path
+    curve: Path
+
+
+def _evaluated(given: Path) -> Evaluated:
+    """A run given by its folder or by its evaluation's file."""
     if given.suffix == ".json":
         folder = given.resolve().parent
-        return folder.name, given, given.with_suffix(".predictions.jsonl"), folder / "metrics.jsonl"
-    return given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl"
+        return Evaluated(folder.name, given, given.with_suffix(".predictions.jsonl"), folder / "metrics.jsonl")
+    return Evaluated(given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl")
 
 
-def _stage(name: str, _: Path, file: Path, curve: Path) -> Stage:
-    """One run as a stage."""
-    outcomes = metrics.from_predictions(file, vocabulary.EXTENDED_CLASSES)
-    predictions = _lines(file)
+def _stage(run: Evaluated) -> Stage:
+    """The run as a stage of the page."""
+    outcomes = metrics.from_predictions(run.predictions, vocabulary.EXTENDED_CLASSES)
+    predictions = _lines(run.predictions)
     for row, iou in zip(predictions, outcomes.iou.tolist(), strict=True):
         row["iou"] = iou
-    return Stage(name, metrics.table(outcomes), predictions, _lines(curve) if curve.exists() else [])
+    return Stage(run.name, metrics.table(outcomes), predictions, _lines(run.curve) if run.curve.exists() else [])
 
 
 def _lines(file: Path) -> list[dict]:
