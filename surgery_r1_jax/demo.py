@@ -86,8 +86,8 @@ FULL = Budget(
 # Too short to tell instruments apart or for GRPO to sharpen boxes: one instrument a frame, and SFT has exact boxes.
 SMOKE = Budget(
     frames=1600,
-    warmup_steps=140,
-    sft_steps=190,
+    warmup_steps=160,
+    sft_steps=215,
     grpo_steps=4,
     eval_frames=120,
     max_tools=1,
