@@ -30,6 +30,7 @@ IMAGE, QUESTION, COMPLETION, TEXT = 1, 20, 64, 24  # image id; tokens of a quest
 ARCHITECTURE = model.Config(
     image_token_id=IMAGE,
     tie_word_embeddings=True,
+    family="qwen2_5_vl",
     text=decoder.Config(
         vocab_size=18_944,
         hidden_size=256,
@@ -40,7 +41,7 @@ ARCHITECTURE = model.Config(
         head_dim=16,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
-        mrope_section=(2, 3, 3),
+        rope_axes=(0, 0, 1, 1, 1, 2, 2, 2),
     ),
     vision=vision.Config(
         depth=8,

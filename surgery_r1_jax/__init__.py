@@ -1,4 +1,4 @@
-"""Surgery-R1 in JAX: Qwen2.5-VL learns to answer and to locate in robotic surgery, by SFT and by GRPO.
+"""Surgery-R1 in JAX: Qwen-VL models learn to answer and to locate in robotic surgery, by SFT and by GRPO.
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
@@ -6,9 +6,10 @@ Reading order; a module imports only modules before it. README.md says of each w
                              check codec answer reasoning
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples pipeline
-    model                    sharding layers attention vision decoder model
+    model                    sharding layers attention vision vision_qwen3 decoder model
+    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl families
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
-    files and state          weights hf fresh optim checkpoint log
+    files and state          hf fresh optim checkpoint log
     programs                 evaluate run sft grpo
     for people               pictures charts cards report memory doctor ask demo cli
 

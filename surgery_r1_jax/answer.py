@@ -48,12 +48,16 @@ MAX_CHARS = 32_768
 MAX_NUMBER_CHARS = 12
 MAX_THINK_BOXES = 4
 
-INSTRUCTION = (
-    "Answer the question about this frame of robotic surgery. "
-    'Write <think>reasoning</think><answer>{"answer": "class", "bbox_2d": [x1, y1, x2, y2]}</answer>. '
-    "The reasoning may be left out. The box encloses what the answer is about, in whole pixels of the image: "
-    "left, top, right, bottom."
-)
+
+def instruction(units: str) -> str:
+    """The system text; `units` are those of the family's box codec."""
+    return (
+        "Answer the question about this frame of robotic surgery. "
+        'Write <think>reasoning</think><answer>{"answer": "class", "bbox_2d": [x1, y1, x2, y2]}</answer>. '
+        "The reasoning may be left out. The box encloses what the answer is about, in "
+        f"{units}: left, top, right, bottom."
+    )
+
 
 # Everything `render` writes besides reasoning, classes and integers, for a tokenizer to hold piece by piece.
 PIECES = (

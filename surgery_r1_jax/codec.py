@@ -16,7 +16,7 @@ from surgery_r1_jax.records import Box
 class BoxCodec:
     """A grid for boxes: `steps` quanta along each side or, where None, one per pixel of the resized image."""
 
-    name: str
+    units: str  # as a prompt calls them
     steps: int | None = None
 
     def encode(self, box: Box, width: int, height: int) -> tuple[int, int, int, int]:
@@ -42,8 +42,8 @@ class BoxCodec:
 
 # Qwen2.5-VL writes pixels of the resized image, Qwen2-VL and Qwen3-VL thousandths of each side
 # (QwenLM/Qwen3-VL: qwen-vl-finetune/tools/process_bbox.ipynb).
-RESIZED_PIXELS = BoxCodec("resized_pixels")
-PER_MILLE = BoxCodec("per_mille", steps=1000)
+RESIZED_PIXELS = BoxCodec("whole pixels of the image")
+PER_MILLE = BoxCodec("thousandths of the image's width and height", steps=1000)
 
 
 def _side(low: float, high: float, steps: int) -> tuple[int, int]:

@@ -1,14 +1,16 @@
-"""The text decoder of Qwen2.5-VL, run over a frame's prefix and its branches.
+"""The text decoder of the Qwen-VL models, run over a frame's prefix and its branches.
 
 In training, prefix and branches go through the layers side by side: each layer's branches read the prefix keys
 that the same layer has just made, so nothing is kept for later. In rollout the prefix is run once (`prefill`)
 and its keys kept; lanes are then extended by questions or single tokens against that cache.
 
-Source: transformers:models/qwen2_5_vl/modeling_qwen2_5_vl.py (Qwen2_5_VLTextModel). Departure: rotary angles are
-picked per frequency from the three positions instead of being assembled from whole sections.
+Source: transformers:models/qwen2_5_vl/modeling_qwen2_5_vl.py (Qwen2_5_VLTextModel) and
+qwen3_vl/modeling_qwen3_vl.py (Qwen3VLTextModel). Departures: rotary angles are picked per frequency from the three
+positions instead of being assembled from whole sections; DeepStack's vectors come as an array that is nought at text.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,7 +35,10 @@ class Config:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]  # frequencies turned by time, row and column
+    rope_axes: tuple[int, ...]  # [H / 2], what turns each frequency: 0 time, 1 row, 2 column
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    mlp: Callable = layers.GatedMLP
 
 
 class Stream(NamedTuple):
@@ -42,6 +47,7 @@ class Stream(NamedTuple):
     x: jax.Array  # [B, J, T, D]
     position: jax.Array  # int32 [3, B, J, T]
     queries: Queries
+    deep: jax.Array | None = None  # [X, B, J, T, D], joins the output of each of the first X layers
 
 
 class Cache(NamedTuple):
@@ -53,7 +59,7 @@ class Cache(NamedTuple):
 
 def angles(position_3BJT: jax.Array, config: Config) -> jax.Array:
     """Rotary angles [B, J, T, H/2] in float32: each frequency turns with time, row or column."""
-    axis = np.repeat(np.arange(3), config.mrope_section)
+    axis = np.array(config.rope_axes)
     inverse = layers.inverse_frequencies(config.head_dim, config.rope_theta)
     return jnp.moveaxis(position_3BJT[axis], 0, -1).astype(jnp.float32) * inverse
 
@@ -71,11 +77,14 @@ class Block(nnx.Module):
         make = dict(rngs=rngs, stack=stack)
         self.norm1 = layers.RMSNorm(D, eps=config.rms_norm_eps, **make)
         self.norm2 = layers.RMSNorm(D, eps=config.rms_norm_eps, **make)
-        self.q = layers.Linear((D, N, H), ("embed", "heads", "head"), bias=True, **make)
-        self.k = layers.Linear((D, K, H), ("embed", "kv_heads", "head"), bias=True, **make)
-        self.v = layers.Linear((D, K, H), ("embed", "kv_heads", "head"), bias=True, **make)
+        bias = config.qkv_bias
+        self.q = layers.Linear((D, N, H), ("embed", "heads", "head"), bias=bias, **make)
+        self.k = layers.Linear((D, K, H), ("embed", "kv_heads", "head"), bias=bias, **make)
+        self.v = layers.Linear((D, K, H), ("embed", "kv_heads", "head"), bias=bias, **make)
+        norm = lambda: layers.RMSNorm(H, eps=config.rms_norm_eps, **make) if config.qk_norm else None  # noqa: E731
+        self.q_norm, self.k_norm = norm(), norm()
         self.o = layers.Linear((N, H, D), ("heads", "head", "embed"), inputs=2, **make)
-        self.mlp = layers.GatedMLP(D, config.intermediate_size, ("embed", "mlp"), **make)
+        self.mlp = config.mlp(D, config.intermediate_size, ("embed", "mlp"), **make)
 
     def __call__(self, x, angle, queries: Queries, remember, prefix: Keys | None = None, chunk: int | None = None):
         """Run one layer; `remember(key, value)` gives the lane's own keys, new ones included.
@@ -83,7 +92,10 @@ class Block(nnx.Module):
         Returns the new x and those keys.
         """
         h = self.norm1(x)
-        q, k = layers.rotate(self.q(h), angle), layers.rotate(self.k(h), angle)
+        q, k = self.q(h), self.k(h)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = layers.rotate(q, angle), layers.rotate(k, angle)
         own = remember(k, self.v(h))
         x += self.o(attention.attend(q, queries, own, prefix, chunk))
         return x + self.mlp(self.norm2(x)), own
@@ -102,16 +114,16 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
         prefix_angle, branch_angle = (angles(s.position, self.config) for s in (prefix, branches))
 
-        def layer(carry, params):
+        def layer(carry, xs):
+            (p, b), (params, index) = carry, xs
             block = nnx.merge(graph, params)
-            p, b = carry
             p, made = block(p, prefix_angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
             b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made))
-            return (p, b), None
+            return (_deepened(p, prefix.deep, index), b), None
 
         if self.compute.remat:
             layer = jax.checkpoint(layer)
-        (_, x), _ = jax.lax.scan(layer, (prefix.x, branches.x), stacked)
+        (_, x), _ = jax.lax.scan(layer, (prefix.x, branches.x), (stacked, self._indices))
         return self.norm(x)
 
     def prefill(self, prefix: Stream) -> Cache:
@@ -119,12 +131,13 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
         angle = angles(prefix.position, self.config)
 
-        def layer(x, params):
+        def layer(x, xs):
+            params, index = xs
             block = nnx.merge(graph, params)
             x, own = block(x, angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
-            return x, Cache(own.key[:, 0], own.value[:, 0])
+            return _deepened(x, prefix.deep, index), Cache(own.key[:, 0], own.value[:, 0])
 
-        _, cache = jax.lax.scan(layer, prefix.x, stacked)
+        _, cache = jax.lax.scan(layer, prefix.x, (stacked, self._indices))
         return cache
 
     def extend(self, lanes: Stream, prefix: Cache, prefix_segment_BP, cache: Cache, segment_BJU, slot):
@@ -158,9 +171,20 @@ class Decoder(nnx.Module):
             x, _ = block(x, angle, lanes.queries, remember, Keys(*past, prefix_segment_BP))
             return (x, written), None
 
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = jax.lax.scan(layer, (lanes.x, cache), (stacked, prefix, indices))
+        (x, cache), _ = jax.lax.scan(layer, (lanes.x, cache), (stacked, prefix, self._indices))
         return self.norm(x), cache
+
+    @property
+    def _indices(self) -> jax.Array:
+        return jnp.arange(self.config.num_hidden_layers)
+
+
+def _deepened(x, deep, index):
+    """A layer's output with what DeepStack adds behind it; nothing behind the later layers."""
+    if deep is None:
+        return x
+    added = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(index, deep.shape[0] - 1), keepdims=False)
+    return x + jnp.where(index < deep.shape[0], added, 0)
 
 
 def _fresh(queries: Queries):

@@ -310,7 +310,7 @@ def warm_up_step(graph, tx, state: optim.TrainState, rest: dict, prompts: batch.
 
     def loss_of(params):
         net = model.bind(graph, rest | {"tower": params["tower"], "embed": params["embed"]})
-        units_BMD = net.tower(prompts.patches_BWSC, prompts.patch_hw_BWS2, prompts.patch_image_BWS)
+        units_BMD = net.tower(prompts.patches_BWSC, prompts.patch_hw_BWS2, prompts.patch_image_BWS).units_BMD
         table_VD = net.embed[...] * units_BMD.shape[-1] ** -0.5  # the words as questions bring them in
         tools_BMC = units_BMD @ table_VD[words["tools"]].T - 3.0  # most units show no tip
         B, M, C = tools_BMC.shape

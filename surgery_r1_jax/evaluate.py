@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
     checkpoint,
-    codec,
     errors,
     examples,
+    families,
     files,
     floors,
     grade,
@@ -65,7 +65,7 @@ def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
                 f"{folder}: {what} is {found} in its tokenizer or preprocessor files and {wanted} in config.json; take "
                 "all of them from one checkpoint"
             )
-    return examples.Encoder(chat, preprocessor, codec.RESIZED_PIXELS, window_side=tower.window_side)
+    return examples.Encoder(chat, preprocessor, families.of(settings).codec, window_side=tower.window_side)
 
 
 def runner_of(

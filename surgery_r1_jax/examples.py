@@ -44,9 +44,13 @@ class Encoder:
     preprocessor: images.Preprocessor
     codec: BoxCodec
     window_side: int  # merged units along a window's side
-    system: str = answer.INSTRUCTION
     blank: bool = False  # show a grey image instead of the frame: what does the model know without looking?
     _kept: dict[Path, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def system(self) -> str:
+        """The instruction at the head of every prefix."""
+        return answer.instruction(self.codec.units)
 
     def patch_grid(self, frame: Frame) -> grid.Grid:
         """Patch rows and columns of a frame as the model sees it."""

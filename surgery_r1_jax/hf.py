@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json, sharded safetensors, tokenizer and preprocessor files.
 
-Every tensor of the files is used exactly once and every parameter is filled exactly once, by the table in
-`weights`; anything missing, left over or of another shape is an error that names it. No torch, no pickle, no
+Every tensor of the files is used exactly once and every parameter is filled exactly once, by the family's table
+of names; anything missing, left over or of another shape is an error that names it. No torch, no pickle, no
 remote code.
 """
 
@@ -19,10 +19,10 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from surgery_r1_jax import decoder, errors, model, vision
-from surgery_r1_jax.weights import NAMES
+from surgery_r1_jax import errors, families, model, vision
+from surgery_r1_jax.family import supported
+from surgery_r1_jax.weights import Form
 
-FAMILY = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
@@ -54,62 +54,20 @@ def read_config(folder: Path) -> model.Config:
 
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise errors.InputError(f"{folder}: no config.json; give a Hugging Face folder of a Qwen2.5-VL model")
+        raise errors.InputError(f"{folder}: no config.json; give a Hugging Face folder of a Qwen-VL model")
     try:
-        family = json.loads(path.read_text("utf-8")).get("model_type")
+        model_type = json.loads(path.read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError, RecursionError) as problem:
         raise errors.InputError(f"{path}: not a JSON object ({_line(problem)}); copy it from the checkpoint") from None
-    if family != FAMILY:
-        raise errors.InputError(f"{path}: model_type '{family}' is not supported; supported: {FAMILY}")
+    if model_type not in families.FAMILIES:
+        known = ", ".join(families.FAMILIES)
+        raise errors.InputError(f"{path}: model_type '{model_type}' is not supported; supported: {known}")
     try:
         whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return _architecture(whole)
+        supported("quantization_config", getattr(whole, "quantization_config", None), None)
+        return families.FAMILIES[model_type].read_config(whole)
     except Exception as problem:  # transformers raises many kinds on a bad file
         raise errors.InputError(f"{path}: {_line(problem)}") from None
-
-
-def _architecture(whole) -> model.Config:
-    text, tower, rope = whole.text_config, whole.vision_config, whole.text_config.rope_parameters
-    for what, found, supported in (
-        ("use_sliding_window", bool(text.use_sliding_window), (False,)),
-        ("rope_type", rope.get("rope_type", "default"), ("default", "mrope")),
-        ("hidden_act", text.hidden_act, ("silu",)),
-        ("vision_config.hidden_act", tower.hidden_act, ("silu",)),
-        ("quantization_config", getattr(whole, "quantization_config", None), (None,)),
-    ):
-        if found not in supported:
-            raise ValueError(f"{what} {found} is not supported, only {supported[0]}; take a released Qwen2.5-VL")
-    if "mrope_section" not in rope:
-        raise ValueError("no mrope_section in rope_scaling or rope_parameters; copy the file from the checkpoint")
-    return model.Config(
-        image_token_id=whole.image_token_id,
-        tie_word_embeddings=bool(whole.tie_word_embeddings),
-        text=decoder.Config(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            mrope_section=tuple(rope["mrope_section"]),
-        ),
-        vision=vision.Config(
-            depth=tower.depth,
-            hidden_size=tower.hidden_size,
-            intermediate_size=tower.intermediate_size,
-            num_heads=tower.num_heads,
-            out_hidden_size=tower.out_hidden_size,
-            patch_size=tower.patch_size,
-            temporal_patch_size=tower.temporal_patch_size,
-            spatial_merge_size=tower.spatial_merge_size,
-            window_size=tower.window_size,
-            fullatt_block_indexes=tuple(tower.fullatt_block_indexes),
-            in_channels=tower.in_channels,
-        ),
-    )
 
 
 def read_params(folder: Path, config: model.Config, shardings: dict | None = None) -> dict:
@@ -118,13 +76,15 @@ def read_params(folder: Path, config: model.Config, shardings: dict | None = Non
     The host holds one parameter (a stack of layers) at a time. Raises: InputError naming file and tensor for
     anything missing, left over, of another shape, not a float, or not finite.
     """
-    folder = Path(folder)
+    folder, names = Path(folder), families.of(config).names
     _, abstract = model.build(config)
     params = {}
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
         for path, variable in nnx.to_flat_state(abstract):
-            value = _parameter(folder, files, ".".join(path), variable.get_value().shape, config.vision)
+            where = ".".join(path)
+            name, form = names[where]
+            value = _parameter(folder, files, where, name, form, variable.get_value().shape, config.vision)
             params[path] = jax.device_put(value) if shardings is None else _spread(value, _at(shardings, path))
             del value  # before there is a next one
     if config.tie_word_embeddings:
@@ -211,7 +171,7 @@ def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> Non
 
 def _file_tensors(params: dict, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of the files, one after the other."""
-    for where, (name, form) in NAMES.items():
+    for where, (name, form) in families.of(config).names.items():
         if where == "head" and config.tie_word_embeddings:
             continue
         value = np.asarray(jax.device_get(_at(params, where.split("."))))
@@ -229,11 +189,16 @@ class _Stored(NamedTuple):
 
 
 def _parameter(
-    folder: Path, files: dict[str, _Stored], where: str, shape: tuple[int, ...], tower: vision.Config
+    folder: Path,
+    files: dict[str, _Stored],
+    where: str,
+    name: str,
+    form: Form,
+    shape: tuple[int, ...],
+    tower: vision.Config,
 ) -> np.ndarray:
     """Fill a parameter from its tensors, one or one per layer, and strike these off the list."""
-    name, form = NAMES[where]
-    value = np.empty(shape, np.float32)
+    value, name = np.empty(shape, np.float32), _plain(name)
     parts = {name.format(i=i): layer for i, layer in enumerate(value)} if "{i}" in name else {name: value}
     for tensor, part in parts.items():
         if tensor not in files:
@@ -261,7 +226,7 @@ def _numbers(stored: _Stored, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Every tensor by its name in NAMES. An index and its files must agree both ways."""
+    """Every tensor by its plain name. An index and its files must agree both ways."""
     index, weight_map, shards = folder / INDEX, None, [SINGLE]
     if index.is_file():
         try:
@@ -285,7 +250,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
         for spelling in file.keys():  # noqa: SIM118 - not a dict
             if weight_map is not None and weight_map.get(spelling) != path.name:
                 raise errors.InputError(f"{path}: holds '{spelling}', which {INDEX} places elsewhere; copy both again")
-            name = spelling.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            name = _plain(spelling)
             if name in found:
                 raise errors.InputError(f"{path}: holds '{name}' a second time; export the checkpoint again")
             found[name] = _Stored(path, file, spelling)
@@ -293,6 +258,11 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
     if missing:
         raise errors.InputError(f"{index}: tensor '{missing[0]}' is in none of the files; copy the checkpoint again")
     return found
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without the parts that come and go with transformers' versions."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def _spread(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

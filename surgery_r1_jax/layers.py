@@ -52,6 +52,41 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Mean and variance norm over the last axis, in float32."""
+
+    def __init__(self, size, *, rngs, eps, stack=None):
+        self.scale = param(rngs, (size,), ("norm",), nnx.initializers.ones, stack)
+        self.bias = param(rngs, (size,), ("norm",), nnx.initializers.zeros, stack)
+        self.eps = eps
+
+    def __call__(self, x):
+        """Normalise [..., size]."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, width, hidden, axes, *, activation, rngs, bias=False, stack=None):
+        outer, inner = axes
+        self.up = Linear((width, hidden), (outer, inner), rngs=rngs, bias=bias, stack=stack)
+        self.down = Linear((hidden, width), (inner, outer), rngs=rngs, bias=bias, stack=stack)
+        self.activation = activation
+
+    def __call__(self, x):
+        """Map [..., width] to [..., width]."""
+        return self.down(self.activation(self.up(x)))
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The cheap GELU of CLIP: x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 class GatedMLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL over a `FrameBatch`: the tower's vectors take the image places of the prefix, branches follow.
+"""Qwen-VL over a `FrameBatch`: the tower's vectors take the image places of the prefix, branches follow.
 
 `QwenVL` defines and initialises; programs hold `(graph, params)` apart and put them together inside a jitted
 step (`bind`), so that a step is an ordinary function of ordinary trees.
@@ -26,6 +26,7 @@ class Config:
     vision: vision.Config
     image_token_id: int
     tie_word_embeddings: bool
+    family: str  # `model_type` of config.json
 
 
 class QwenVL(nnx.Module):
@@ -35,7 +36,7 @@ class QwenVL(nnx.Module):
         self.config, self.compute = config, compute
         V, D = config.text.vocab_size, config.text.hidden_size
         shape, axes = (V, D), ("vocab", "embed")
-        self.tower = vision.Tower(config.vision, compute, rngs=rngs)
+        self.tower = config.vision.tower(compute, rngs)
         # A tied table is drawn small enough for its logits, an untied one large enough to outlast the first layers.
         small, large = (nnx.initializers.normal(scale) for scale in (D**-0.5, 1.0))
         self.embed = layers.param(rngs, shape, axes, small if config.tie_word_embeddings else large, None)
@@ -76,13 +77,17 @@ class QwenVL(nnx.Module):
         return jnp.take(self.embed[...], ids, axis=0).astype(self.compute.dtype)
 
     def _prefix(self, batch: FrameBatch) -> Stream:
-        units_BMD = self.tower(batch.patches_BWSC, batch.patch_hw_BWS2, batch.patch_image_BWS)
+        seen = self.tower(batch.patches_BWSC, batch.patch_hw_BWS2, batch.patch_image_BWS)
         unit = batch.prefix_unit_BP[..., None]
-        image = jnp.take_along_axis(units_BMD, jnp.maximum(unit, 0), axis=1)
-        x_BPD = jnp.where(unit >= 0, image, self._embed(batch.prefix_ids_BP))
+
+        def put(units_BMD, text_BPD):
+            return jnp.where(unit >= 0, jnp.take_along_axis(units_BMD, jnp.maximum(unit, 0), axis=1), text_BPD)
+
+        x_BPD = put(seen.units_BMD, self._embed(batch.prefix_ids_BP))
+        deep = None if seen.deep_XBMD is None else jax.vmap(lambda units: put(units, 0))(seen.deep_XBMD)[:, :, None]
         P = x_BPD.shape[1]
         queries = Queries(batch.prefix_mask_BP[:, None].astype(jnp.int32), jnp.arange(P)[None, None])
-        return Stream(x_BPD[:, None], jnp.moveaxis(batch.prefix_pos_B3P, 1, 0)[:, :, None], queries)
+        return Stream(x_BPD[:, None], jnp.moveaxis(batch.prefix_pos_B3P, 1, 0)[:, :, None], queries, deep)
 
     def _lanes(self, batch: FrameBatch) -> Stream:
         T = batch.branch_ids_BJT.shape[-1]
@@ -118,4 +123,4 @@ def part_of(path: tuple) -> str:
     """Which of PARTS a parameter belongs to; embedding and head count as decoder."""
     if path[0] != "tower":
         return "decoder"
-    return "merger" if path[1] == "merger" else "tower"
+    return "merger" if path[1] in ("merger", "deep") else "tower"

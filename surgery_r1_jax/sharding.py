@@ -30,6 +30,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "norm": None,
     "patch": None,
+    "place": None,
     "vision": "fsdp",
     "vision_heads": "tensor",
     "vision_mlp": "tensor",

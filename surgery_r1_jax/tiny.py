@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from surgery_r1_jax import answer, images, reasoning, vocabulary
+from surgery_r1_jax import answer, codec, images, reasoning, vocabulary
 from surgery_r1_jax.errors import InputError
 
 PATCH, TIME, MERGE = 14, 2, 2  # pixels, frames, patches
@@ -138,7 +138,7 @@ def _phrases() -> Iterator[str]:
     The place is one token with its preposition, right after the instrument: a model of three layers binds it sooner.
     """
     yield from ("system", "user", "assistant")
-    yield answer.INSTRUCTION
+    yield answer.instruction(codec.RESIZED_PIXELS.units)
     yield from vocabulary.EXTENDED_CLASSES
     for kind in range(len(vocabulary.KINDS)):
         yield from filter(None, vocabulary.ask(kind, "|").split("|"))

@@ -1,15 +1,20 @@
-"""The vision tower of Qwen2.5-VL: patches in, one vector per merged unit out.
+"""The vision tower of Qwen2-VL and Qwen2.5-VL: patches in, one vector per merged unit out.
 
 Most layers attend within windows, a few over the whole image. Windows are lanes of the one attention function,
 every one padded to the same number of slots; a full layer is the same with a single lane. The buffer is per
 frame, so it shards over frames.
 
-Source: transformers:models/qwen2_5_vl/modeling_qwen2_5_vl.py (Qwen2_5_VisionTransformerPretrainedModel).
-Departure: the layers are scanned in groups of window layers closed by one full layer, which is how every
-released size is built; an irregular list of full layers is refused.
+Where every layer sees the whole image, a window is a single unit: nothing is padded then.
+
+Source: transformers:models/qwen2_5_vl/modeling_qwen2_5_vl.py (Qwen2_5_VisionTransformerPretrainedModel) and
+qwen2_vl/modeling_qwen2_vl.py (Qwen2VisionTransformerPretrainedModel). Departure: the layers are scanned in groups of
+window layers closed by one full layer, which is how every released size is built; an irregular list of full layers
+is refused.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +22,12 @@ from flax import nnx
 
 from surgery_r1_jax import attention, errors, layers, options
 
+EPSILON = 1e-6  # of all norms
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Architecture of the tower, under the names of the checkpoint's `vision_config`."""
+    """Architecture of the tower, under the names of Qwen2.5-VL's `vision_config`."""
 
     depth: int
     hidden_size: int
@@ -33,6 +40,8 @@ class Config:
     window_size: int  # pixels
     fullatt_block_indexes: tuple[int, ...]
     in_channels: int = 3
+    norm: Callable = layers.RMSNorm
+    mlp: Callable = layers.GatedMLP
 
     def __post_init__(self):
         period = self.depth // max(1, len(self.fullatt_block_indexes))
@@ -63,19 +72,42 @@ class Config:
         """Merged units along one side of a window."""
         return self.window_size // self.patch_size // self.spatial_merge_size
 
+    @property
+    def joined(self) -> int:
+        """Width of the patches of a unit, one after the other."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    def tower(self, compute: options.Compute, rngs: nnx.Rngs) -> nnx.Module:
+        """The module that this is the architecture of."""
+        return Tower(self, compute, rngs=rngs)
+
+
+class Seen(NamedTuple):
+    """What the decoder is shown of a frame's images, units in window order."""
+
+    units_BMD: jax.Array
+    deep_XBMD: jax.Array | None = None  # joins the image places behind each of the first X decoder layers
+
+
+def angles(hw_BWS2: jax.Array, config: Config) -> jax.Array:
+    """Rotary angles [B, W, S, head / 2] in float32: half of them turn with the patch's row, half with its column."""
+    quarter = config.hidden_size // config.num_heads // 2
+    inverse = layers.inverse_frequencies(quarter, 10_000.0)
+    return (hw_BWS2[..., None].astype(jnp.float32) * inverse).reshape(*hw_BWS2.shape[:-1], quarter)
+
 
 class Block(nnx.Module):
-    """One tower layer (or a stack of them): attention and gated MLP, each behind a norm."""
+    """One tower layer (or a stack of them): attention and MLP, each behind a norm."""
 
     def __init__(self, config: Config, *, rngs, stack=None):
         E, N = config.hidden_size, config.num_heads
-        self.norm1 = layers.RMSNorm(E, rngs=rngs, eps=1e-6, stack=stack)
-        self.norm2 = layers.RMSNorm(E, rngs=rngs, eps=1e-6, stack=stack)
+        self.norm1 = config.norm(E, rngs=rngs, eps=EPSILON, stack=stack)
+        self.norm2 = config.norm(E, rngs=rngs, eps=EPSILON, stack=stack)
         axes = ("vision", "qkv", "vision_heads", "head")
         self.qkv = layers.Linear((E, 3, N, E // N), axes, rngs=rngs, bias=True, stack=stack)
         self.proj = layers.Linear((N, E // N, E), (*axes[2:], "vision"), rngs=rngs, inputs=2, bias=True, stack=stack)
         mlp_axes = ("vision", "vision_mlp")
-        self.mlp = layers.GatedMLP(E, config.intermediate_size, mlp_axes, rngs=rngs, bias=True, stack=stack)
+        self.mlp = config.mlp(E, config.intermediate_size, mlp_axes, rngs=rngs, bias=True, stack=stack)
 
     def __call__(self, x_BWSE, angle_BWSh, image_BWS, *, full: bool, chunk: int | None):
         """Run one layer over windows, or over whole images when `full`."""
@@ -93,17 +125,22 @@ class Block(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """Join the patches of a unit into one vector of the decoder's width."""
+    """Join the patches of a unit into one vector of the decoder's width (or a stack of such joiners).
 
-    def __init__(self, config: Config, *, rngs):
-        self.joined = config.hidden_size * config.spatial_merge_size**2
-        self.norm = layers.RMSNorm(config.hidden_size, rngs=rngs, eps=1e-6)
-        self.up = layers.Linear((self.joined, self.joined), ("vision", "merged"), rngs=rngs, bias=True)
-        self.down = layers.Linear((self.joined, config.out_hidden_size), ("merged", "embed"), rngs=rngs, bias=True)
+    The norm is over `normed` values: a patch's, or all of a unit's.
+    """
+
+    def __init__(self, config: Config, *, rngs, normed: int | None = None, stack=None):
+        self.joined, self.normed = config.joined, normed or config.hidden_size
+        make = dict(rngs=rngs, bias=True, stack=stack)
+        self.norm = config.norm(self.normed, rngs=rngs, eps=EPSILON, stack=stack)
+        self.up = layers.Linear((self.joined, self.joined), ("vision", "merged"), **make)
+        self.down = layers.Linear((self.joined, config.out_hidden_size), ("merged", "embed"), **make)
 
     def __call__(self, x_BWSE):
         """Return [B, M, D], units in window order."""
-        x_BME = self.norm(x_BWSE).reshape(x_BWSE.shape[0], -1, self.joined)
+        B = x_BWSE.shape[0]
+        x_BME = self.norm(x_BWSE.reshape(B, -1, self.normed)).reshape(B, -1, self.joined)
         return self.down(jax.nn.gelu(self.up(x_BME), approximate=False))
 
 
@@ -117,14 +154,11 @@ class Tower(nnx.Module):
         self.blocks = Block(config, rngs=rngs, stack=config.depth)
         self.merger = Merger(config, rngs=rngs)
 
-    def __call__(self, patches_BWSC, hw_BWS2, image_BWS):
-        """Encode a buffer of patches; returns [B, M, D], M = W * S / merge^2, in window order."""
+    def __call__(self, patches_BWSC, hw_BWS2, image_BWS) -> Seen:
+        """Encode a buffer of patches; M = W * S / merge^2."""
         config = self.config
         x = self.patch_embed(patches_BWSC.astype(self.compute.dtype))
-        head = config.hidden_size // config.num_heads
-        inverse = layers.inverse_frequencies(head // 2, 10_000.0)
-        angle = (hw_BWS2[..., None].astype(jnp.float32) * inverse).reshape(*image_BWS.shape, head // 2)
-
+        angle = angles(hw_BWS2, config)
         graph, stacked = nnx.split(self.blocks)
         grouped = jax.tree.map(lambda p: p.reshape(-1, config.period, *p.shape[1:]), stacked)
 
@@ -143,4 +177,4 @@ class Tower(nnx.Module):
             return whole(x, last), None
 
         x, _ = jax.lax.scan(group, x, grouped)
-        return self.merger(x)
+        return Seen(self.merger(x))

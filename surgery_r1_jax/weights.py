@@ -1,7 +1,7 @@
-"""Which tensor of a Qwen2.5-VL checkpoint is which of our parameters, and how their shapes relate.
+"""Which tensor of a checkpoint is which of our parameters, and how their shapes relate.
 
-The one table for both directions. Source of the names: files written by transformers'
-Qwen2_5_VLForConditionalGeneration.save_pretrained.
+A family's table is made of the rows here, which are the families' common ones, and of its own. It serves both
+directions. Source of all names: files written by `save_pretrained` of transformers' models.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Form(NamedTuple):
     from_file: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
-def _linear(inputs: int) -> Form:
+def linear(inputs: int) -> Form:
     """Torch stores [out, in]; ours is [in..., out...]."""
     return Form(
         lambda ours, _: ours.reshape(int(np.prod(ours.shape[:inputs])), -1).T,
@@ -27,46 +27,61 @@ def _linear(inputs: int) -> Form:
     )
 
 
-_SAME = Form(lambda ours, _: ours, lambda file, shape: file)
-_FLAT = Form(lambda ours, _: ours.reshape(-1), lambda file, shape: file.reshape(shape))
-_PATCH = Form(  # a 3-D convolution whose kernel covers exactly one patch
+SAME = Form(lambda ours, _: ours, lambda file, shape: file)
+FLAT = Form(lambda ours, _: ours.reshape(-1), lambda file, shape: file.reshape(shape))
+PATCH = Form(  # a 3-D convolution whose kernel covers exactly one patch
     lambda ours, v: ours.T.reshape(-1, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size),
     lambda file, shape: file.reshape(file.shape[0], -1).T,
 )
 
 # Our path -> the file's name ({i}: layer of a stack) and form.
-NAMES: dict[str, tuple[str, Form]] = {
-    "embed": ("model.embed_tokens.weight", _SAME),
-    "head": ("lm_head.weight", _SAME),
-    "decoder.norm.scale": ("model.norm.weight", _SAME),
-    "decoder.blocks.norm1.scale": ("model.layers.{i}.input_layernorm.weight", _SAME),
-    "decoder.blocks.norm2.scale": ("model.layers.{i}.post_attention_layernorm.weight", _SAME),
-    "decoder.blocks.q.kernel": ("model.layers.{i}.self_attn.q_proj.weight", _linear(1)),
-    "decoder.blocks.q.bias": ("model.layers.{i}.self_attn.q_proj.bias", _FLAT),
-    "decoder.blocks.k.kernel": ("model.layers.{i}.self_attn.k_proj.weight", _linear(1)),
-    "decoder.blocks.k.bias": ("model.layers.{i}.self_attn.k_proj.bias", _FLAT),
-    "decoder.blocks.v.kernel": ("model.layers.{i}.self_attn.v_proj.weight", _linear(1)),
-    "decoder.blocks.v.bias": ("model.layers.{i}.self_attn.v_proj.bias", _FLAT),
-    "decoder.blocks.o.kernel": ("model.layers.{i}.self_attn.o_proj.weight", _linear(2)),
-    "decoder.blocks.mlp.gate.kernel": ("model.layers.{i}.mlp.gate_proj.weight", _linear(1)),
-    "decoder.blocks.mlp.up.kernel": ("model.layers.{i}.mlp.up_proj.weight", _linear(1)),
-    "decoder.blocks.mlp.down.kernel": ("model.layers.{i}.mlp.down_proj.weight", _linear(1)),
-    "tower.patch_embed.kernel": ("visual.patch_embed.proj.weight", _PATCH),
-    "tower.blocks.norm1.scale": ("visual.blocks.{i}.norm1.weight", _SAME),
-    "tower.blocks.norm2.scale": ("visual.blocks.{i}.norm2.weight", _SAME),
-    "tower.blocks.qkv.kernel": ("visual.blocks.{i}.attn.qkv.weight", _linear(1)),
-    "tower.blocks.qkv.bias": ("visual.blocks.{i}.attn.qkv.bias", _FLAT),
-    "tower.blocks.proj.kernel": ("visual.blocks.{i}.attn.proj.weight", _linear(2)),
-    "tower.blocks.proj.bias": ("visual.blocks.{i}.attn.proj.bias", _FLAT),
-    "tower.blocks.mlp.gate.kernel": ("visual.blocks.{i}.mlp.gate_proj.weight", _linear(1)),
-    "tower.blocks.mlp.gate.bias": ("visual.blocks.{i}.mlp.gate_proj.bias", _FLAT),
-    "tower.blocks.mlp.up.kernel": ("visual.blocks.{i}.mlp.up_proj.weight", _linear(1)),
-    "tower.blocks.mlp.up.bias": ("visual.blocks.{i}.mlp.up_proj.bias", _FLAT),
-    "tower.blocks.mlp.down.kernel": ("visual.blocks.{i}.mlp.down_proj.weight", _linear(1)),
-    "tower.blocks.mlp.down.bias": ("visual.blocks.{i}.mlp.down_proj.bias", _FLAT),
-    "tower.merger.norm.scale": ("visual.merger.ln_q.weight", _SAME),
-    "tower.merger.up.kernel": ("visual.merger.mlp.0.weight", _linear(1)),
-    "tower.merger.up.bias": ("visual.merger.mlp.0.bias", _FLAT),
-    "tower.merger.down.kernel": ("visual.merger.mlp.2.weight", _linear(1)),
-    "tower.merger.down.bias": ("visual.merger.mlp.2.bias", _FLAT),
-}
+Names = dict[str, tuple[str, Form]]
+
+
+def norm(ours: str, file: str, *, bias: bool = False) -> Names:
+    """Rows of a norm."""
+    rows = {f"{ours}.scale": (f"{file}.weight", SAME)}
+    return rows | {f"{ours}.bias": (f"{file}.bias", SAME)} if bias else rows
+
+
+def dense(ours: str, file: str, *, inputs: int = 1, bias: bool = False) -> Names:
+    """Rows of a linear map."""
+    rows = {f"{ours}.kernel": (f"{file}.weight", linear(inputs))}
+    return rows | {f"{ours}.bias": (f"{file}.bias", FLAT)} if bias else rows
+
+
+def gated_mlp(ours: str, file: str, *, bias: bool = False) -> Names:
+    """Rows of a gated MLP."""
+    return {
+        **dense(f"{ours}.gate", f"{file}.gate_proj", bias=bias),
+        **dense(f"{ours}.up", f"{file}.up_proj", bias=bias),
+        **dense(f"{ours}.down", f"{file}.down_proj", bias=bias),
+    }
+
+
+def attention(root: str, *, bias: bool) -> Names:
+    """Rows of all of a decoder but its MLPs; `root` is where the language model stands in the file."""
+    layer = f"{root}.layers.{{i}}"
+    return {
+        "embed": (f"{root}.embed_tokens.weight", SAME),
+        "head": ("lm_head.weight", SAME),
+        **norm("decoder.norm", f"{root}.norm"),
+        **norm("decoder.blocks.norm1", f"{layer}.input_layernorm"),
+        **norm("decoder.blocks.norm2", f"{layer}.post_attention_layernorm"),
+        **dense("decoder.blocks.q", f"{layer}.self_attn.q_proj", bias=bias),
+        **dense("decoder.blocks.k", f"{layer}.self_attn.k_proj", bias=bias),
+        **dense("decoder.blocks.v", f"{layer}.self_attn.v_proj", bias=bias),
+        **dense("decoder.blocks.o", f"{layer}.self_attn.o_proj", inputs=2),
+    }
+
+
+def tower(root: str, *, norm_bias: bool) -> Names:
+    """Rows of a tower but for MLPs and mergers; `root` is where it stands in the file."""
+    block = f"{root}.blocks.{{i}}"
+    return {
+        "tower.patch_embed.kernel": (f"{root}.patch_embed.proj.weight", PATCH),
+        **norm("tower.blocks.norm1", f"{block}.norm1", bias=norm_bias),
+        **norm("tower.blocks.norm2", f"{block}.norm2", bias=norm_bias),
+        **dense("tower.blocks.qkv", f"{block}.attn.qkv", bias=True),
+        **dense("tower.blocks.proj", f"{block}.attn.proj", inputs=2, bias=True),
+    }

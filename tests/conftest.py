@@ -43,15 +43,15 @@ def params(config):
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
-    """A function giving (folder, torch model) of a randomised tiny Qwen2.5-VL, made once per variant."""
+    """A function giving (folder, torch model) of a randomised tiny model, made once per variant."""
     pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
     import randomised
 
     made = {}
 
-    def get(tied: bool = False):
-        if tied not in made:
-            made[tied] = randomised.write(tmp_path_factory.mktemp("hf"), tied=tied)
-        return made[tied]
+    def get(tied: bool = False, family: str = "qwen2_5_vl"):
+        if (family, tied) not in made:
+            made[family, tied] = randomised.write(tmp_path_factory.mktemp("hf"), family=family, tied=tied)
+        return made[family, tied]
 
     return get

@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-VL models with every parameter random, and batches built by hand, for proofs of equality.
+"""Tiny Qwen-VL models with every parameter random, and batches built by hand, for proofs of equality.
 
 A fresh Hugging Face model has all-zero biases and all-one norms that would hide swapped norms and dropped biases.
 """
@@ -17,7 +17,11 @@ VOCABULARY = 1024
 GRIDS = ((10, 14), (6, 8))
 
 
-def write(folder, *, tied: bool, seed: int = 0):
+# Weights and a frame for which greedy decoding is decided and varied.
+SEEDS = {"qwen2_vl": (1, 31), "qwen2_5_vl": (0, 30), "qwen3_vl": (0, 32)}
+
+
+def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
     """Save a randomised torch model; returns (folder, model)."""
     import torch
     import transformers
@@ -36,16 +40,22 @@ def write(folder, *, tied: bool, seed: int = 0):
         pad_token_id=PAD,
         rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e6),
     )
-    tower = dict(
-        depth=4,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        out_hidden_size=64,
-        window_size=56,
-        fullatt_block_indexes=[1, 3],
+    # One head more than Qwen's decoders would have, so that heads times their width is not the model's width.
+    wide = text | dict(
+        head_dim=16,
+        num_attention_heads=6,
+        num_hidden_layers=4,
+        rope_parameters=dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True, rope_theta=1e6),
     )
-    settings = transformers.Qwen2_5_VLConfig(
+    windows = dict(window_size=56, fullatt_block_indexes=[1, 3])
+    deep = dict(num_position_embeddings=49, deepstack_visual_indexes=[0, 2])
+    tower = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
+    kind, text, tower = {
+        "qwen2_vl": ("Qwen2VL", text, dict(depth=3, embed_dim=32, hidden_size=64, num_heads=2)),
+        "qwen2_5_vl": ("Qwen2_5_VL", text, tower | windows),
+        "qwen3_vl": ("Qwen3VL", wide, tower | deep),
+    }[family]
+    settings = getattr(transformers, f"{kind}Config")(
         text_config=text,
         vision_config=tower,
         image_token_id=IMAGE,
@@ -54,8 +64,9 @@ def write(folder, *, tied: bool, seed: int = 0):
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(seed)
-    oracle = transformers.Qwen2_5_VLForConditionalGeneration._from_config(settings, attn_implementation="eager")
+    torch.manual_seed(SEEDS[family][0])
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")
+    oracle = whole._from_config(settings, attn_implementation="eager")
     with torch.no_grad():
         for parameter in oracle.parameters():
             noise = torch.randn_like(parameter)
@@ -77,13 +88,13 @@ class Frame(NamedTuple):
         return np.concatenate([self.prefix, self.branches[branch]])
 
 
-def frame(seed: int, grids=GRIDS, lengths=(9, 13, 5)) -> Frame:
+def frame(seed: int, grids=GRIDS, lengths=(9, 13, 5), patch: int = 14) -> Frame:
     """A frame with noise images between text tokens, and branches of these lengths."""
     rng = np.random.default_rng(seed)
     prefix = [rng.integers(20, 900, 4)]
     for height, width in grids:
         prefix += [[VISION_START], [IMAGE] * (height * width // 4), [VISION_END], rng.integers(20, 900, 2)]
-    patches = rng.normal(size=(sum(h * w for h, w in grids), 1176)).astype(np.float32)
+    patches = rng.normal(size=(sum(h * w for h, w in grids), 3 * 2 * patch**2)).astype(np.float32)
     return Frame(np.concatenate(prefix), patches, tuple(grids), [rng.integers(20, 900, n) for n in lengths])
 
 
@@ -184,6 +195,7 @@ def config() -> model.Config:
     return model.Config(
         image_token_id=IMAGE,
         tie_word_embeddings=False,
+        family="qwen2_5_vl",
         text=decoder.Config(
             vocab_size=VOCABULARY,
             hidden_size=64,
@@ -194,7 +206,7 @@ def config() -> model.Config:
             head_dim=16,
             rms_norm_eps=1e-5,
             rope_theta=1e6,
-            mrope_section=(2, 3, 3),
+            rope_axes=(0, 0, 1, 1, 1, 2, 2, 2),
         ),
         vision=vision.Config(
             depth=4,

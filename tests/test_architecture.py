@@ -22,7 +22,7 @@ DEVICE_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 def table_rows(text):
     """Names of files in the first column of tables."""
-    return re.findall(r"^\| `([a-z_]+\.[a-z.]+)` \|", text, re.MULTILINE)
+    return re.findall(r"^\| `([a-z0-9_]+\.[a-z.]+)` \|", text, re.MULTILINE)
 
 
 def reading_order():

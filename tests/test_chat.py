@@ -19,6 +19,8 @@ from surgery_r1_jax import answer, tiny
 from surgery_r1_jax.chat import Chat
 from surgery_r1_jax.errors import InputError
 
+INSTRUCTION = answer.instruction("whole pixels of the image")
+
 # Another way to the same text: numbers its pictures on request, takes the parts of a content by their type.
 PICTURE_TEMPLATE = """{% set seen = namespace(images=0) %}
 {% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
@@ -111,7 +113,11 @@ harmless = texts.filter(lambda text: "<|" not in text)
 
 @pytest.mark.parametrize("image_tokens", [(), (20,), (4, 1)], ids=str)
 @settings(deadline=None, max_examples=120)
-@example(answer.INSTRUCTION, "Where is suction located?", '<answer>{"bbox_2d": [1, 2, 3, 4]}</answer>')
+@example(
+    INSTRUCTION,
+    "Where is suction located?",
+    '<answer>{"bbox_2d": [1, 2, 3, 4]}</answer>',
+)
 @example("", "", "")
 @example("\n\n a \n", "\n\nb\n\n", "\n \n\tc ")
 @example("\u0301a", "\u0301b", "\u0338c")
@@ -355,7 +361,13 @@ def test_the_real_vocabulary_keeps_the_equality_and_its_known_ids(tmp_path):
     chat = chat_of(folder)
     assert (chat.stop_id, chat.pad_id, chat.image_id, chat.vocab_size) == (151645, 151643, 151655, 151665)
     assert chat.head == [151644, 8948, 198] and chat.reply == [151645, 198, 151644, 77091, 198]
-    for text in (*TEXTS, answer.INSTRUCTION, "\n\n x", "\u0301e\u0301", "1234 <tool_call>"):
+    for text in (
+        *TEXTS,
+        INSTRUCTION,
+        "\n\n x",
+        "\u0301e\u0301",
+        "1234 <tool_call>",
+    ):
         spoken = text.strip()
         assert ours(chat, text, (4, 2), text, text) == whole(folder, spoken, (4, 2), spoken, spoken)
     for hostile in HOSTILE:

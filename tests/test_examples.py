@@ -30,6 +30,8 @@ from surgery_r1_jax.batch import ANSWER, BOTH, BOX, Shape
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.examples import Branch
 
+INSTRUCTION = answer.instruction("whole pixels of the image")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -63,7 +65,7 @@ def rows_of(tokenizer, grids, question, reply):
     """The whole conversation by the folder's template, every picture's place spelled out."""
     content = [{"type": "image"}] * len(grids) + [{"type": "text", "text": question}]
     messages = [
-        {"role": "system", "content": answer.INSTRUCTION},
+        {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": content},
         {"role": "assistant", "content": reply},
     ]

@@ -14,7 +14,7 @@ import safetensors.numpy
 import toy
 from flax import nnx
 
-from surgery_r1_jax import hf, model, sharding, tiny, weights
+from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tiny
 from surgery_r1_jax.errors import InputError
 
 SHARD_BYTES = 60_000
@@ -69,19 +69,19 @@ def folder(sharded, tmp_path):
 @either_head
 def test_the_table_covers_exactly_the_parameters(settings):
     flat = {".".join(path): v.get_value().shape for path, v in nnx.to_flat_state(model.build(settings)[1])}
-    assert set(flat) == set(weights.NAMES) - ({"head"} if settings.tie_word_embeddings else set())
+    assert set(flat) == set(qwen2_5_vl.NAMES) - ({"head"} if settings.tie_word_embeddings else set())
     for where, shape in flat.items():
         stacked = shape[0] if ".blocks." in where else None
         depth = settings.vision.depth if where.startswith("tower") else settings.text.num_hidden_layers
-        assert ("{i}" in weights.NAMES[where][0]) == (stacked is not None) and stacked in (None, depth)
-    names = [name for name, _ in weights.NAMES.values()]
+        assert ("{i}" in qwen2_5_vl.NAMES[where][0]) == (stacked is not None) and stacked in (None, depth)
+    names = [name for name, _ in qwen2_5_vl.NAMES.values()]
     assert len(set(names)) == len(names)
 
 
 def test_every_form_undoes_itself(settings):
     random = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(model.build(settings)[1]):
-        name, form = weights.NAMES[".".join(path)]
+        name, form = qwen2_5_vl.NAMES[".".join(path)]
         shape = variable.get_value().shape[1 if "{i}" in name else 0 :]
         ours = random.normal(size=shape)
         np.testing.assert_array_equal(form.from_file(form.to_file(ours, settings.vision), shape), ours)
@@ -207,7 +207,7 @@ def flat_config(settings, **more):
         "num_hidden_layers": text.num_hidden_layers,
         "num_key_value_heads": text.num_key_value_heads,
         "rms_norm_eps": text.rms_norm_eps,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
         "rope_theta": text.rope_theta,
         "sliding_window": 32768,
         "tie_word_embeddings": settings.tie_word_embeddings,
@@ -263,7 +263,10 @@ def without(entries, key):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c: c | {"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' is not supported; supported: qwen2_5_vl"),
+        (
+            lambda c: c | {"model_type": "qwen3_5"},
+            "model_type 'qwen3_5' is not supported; supported: qwen2_vl, qwen2_5_vl, qwen3_vl",
+        ),
         (lambda c: without(c, "model_type"), "model_type 'None' is not supported"),
         (lambda c: c | {"use_sliding_window": True}, "use_sliding_window True is not supported"),
         (lambda c: c | {"hidden_act": "gelu"}, "hidden_act gelu is not supported"),

@@ -1,9 +1,12 @@
-"""Our Qwen2.5-VL against transformers': logits, gradients, greedy tokens, and the folder on its way back.
+"""Our Qwen-VL models against transformers': logits, gradients, greedy tokens, and the folder on its way back.
 
 Everything is float32 with every parameter random, two images of different sizes whose grids do not divide by the
 window, and `mm_token_type_ids` passed (without them transformers silently falls back to 1-D positions). The
 negative controls break our model on purpose: each must leave the bound, or the bound proves nothing.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import pytest
 import randomised
 from randomised import IMAGE, PAD, STOP
 
-from surgery_r1_jax import grid, hf, model, options, sampling, scoring
+from surgery_r1_jax import families, grid, hf, model, options, sampling, scoring, vision_qwen3
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
 
@@ -57,30 +60,48 @@ def largest_gap(config, params, frames, want, **options):
     return max(np.abs(ours[i, 0, : len(w)] - w).max() for i, w in enumerate(want))
 
 
-@pytest.fixture(scope="module")
-def frames():
+class Oracle(NamedTuple):
+    """A transformers model, the folder it was saved to, and frames to show it."""
+
+    folder: object
+    reference: object
+    config: model.Config
+    params: dict
+    frames: list
+
+
+@pytest.fixture(scope="module", params=[(name, tied) for name in families.FAMILIES for tied in (False, True)], ids=str)
+def each(request, oracle):
+    """Every family, with a head of its own and with a tied one."""
+    return prepared(oracle, *request.param)
+
+
+def prepared(oracle, family, tied=False):
+    folder, reference = oracle(tied, family)
+    config = hf.read_config(folder)
+    assert (config.family, config.tie_word_embeddings) == (family, tied)
+    return Oracle(folder, reference, config, hf.read_params(folder, config), frames_for(config))
+
+
+def frames_for(config):
+    patch = config.vision.patch_size
     return [
-        randomised.frame(1),
-        randomised.frame(2, grids=((6, 8),), lengths=(11, 7)),
-        randomised.frame(3, grids=((4, 18), (14, 6))),
+        randomised.frame(1, patch=patch),
+        randomised.frame(2, grids=((6, 8),), lengths=(11, 7), patch=patch),
+        randomised.frame(3, grids=((4, 18), (14, 6)), patch=patch),
     ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("left", [False, True])
-def test_logits_equal_transformers_under_either_padding(oracle, frames, tied, left):
-    folder, reference = oracle(tied)
-    config = hf.read_config(folder)
-    assert config.tie_word_embeddings is tied
-    want = torch_rows(reference, frames, left=left)
-    assert largest_gap(config, hf.read_params(folder, config), frames, want, left=left, P=150) < LOGITS
+def test_logits_equal_transformers_under_either_padding(each, left):
+    want = torch_rows(each.reference, each.frames, left=left)
+    assert largest_gap(each.config, each.params, each.frames, want, left=left, P=150) < LOGITS
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_gradient_leaf_equals_transformers(oracle, frames, tied):
-    folder, reference = oracle(tied)
-    config = hf.read_config(folder)
-    params = hf.read_params(folder, config)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_gradient_leaf_equals_transformers(oracle, family):
+    """The heads take turns: what they are tied to is checked by the logits."""
+    _, reference, config, params, frames = prepared(oracle, family, tied=family != "qwen2_vl")
     batch = randomised.batch(config, frames, lanes=[[[0]], [[0]], [[0]]])
     graph, _ = model.build(config)
 
@@ -98,10 +119,9 @@ def test_every_gradient_leaf_equals_transformers(oracle, frames, tied):
         torch.nn.functional.cross_entropy(out, torch.tensor(f.branches[0][1:]), reduction="sum").backward()
     reference_gradients = {}
     for name, parameter in reference.named_parameters():
-        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        reference_gradients[name] = parameter.grad.numpy()
+        reference_gradients[hf._plain(name)] = parameter.grad.numpy()
 
-    ours = dict(hf._file_tensors(gradients, config))
+    ours = {hf._plain(name): value for name, value in hf._file_tensors(gradients, config)}
     assert set(ours) == set(reference_gradients)
     for name, want in reference_gradients.items():
         scale = np.abs(want).max()
@@ -113,12 +133,11 @@ def test_every_gradient_leaf_equals_transformers(oracle, frames, tied):
         assert np.abs(ours[name] - want).max() <= GRADIENT * scale, name
 
 
-def test_greedy_tokens_through_the_cache_equal_transformers(oracle):
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_greedy_tokens_through_the_cache_equal_transformers(oracle, family):
     """32 tokens with at least eight distinct ones and a clear winner at every step."""
-    folder, reference = oracle(False)
-    config = hf.read_config(folder)
-    params = hf.read_params(folder, config)
-    f = randomised.frame(30, lengths=(6, 9))  # a seed for which the oracle is decided and varied
+    _, reference, config, params, _ = prepared(oracle, family)
+    f = randomised.frame(randomised.SEEDS[family][1], lengths=(6, 9), patch=config.vision.patch_size)
     continuations = []
     for i in range(len(f.branches)):
         row, chosen, margins = f.flat(i), [], []
@@ -163,19 +182,13 @@ def test_greedy_tokens_through_the_cache_equal_transformers(oracle):
     assert out.mask_BJT.all() and not out.stopped_BJ.any()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_exported_folder_loads_in_transformers_with_equal_logits(oracle, frames, tied, tmp_path):
+def test_an_exported_folder_loads_in_transformers_with_equal_logits(each, tmp_path):
     import safetensors.numpy
-    import transformers
 
-    folder, reference = oracle(tied)
-    config = hf.read_config(folder)
-    params = hf.read_params(folder, config)
+    folder, reference, config, params, frames = each
     out = hf.write_folder(tmp_path / "out", params, config, folder, max_shard_bytes=300_000)
     assert len(list(out.glob("*.safetensors"))) > 2
-    loaded, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        out, attn_implementation="eager", output_loading_info=True
-    )
+    loaded, info = type(reference).from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     inputs = torch_inputs(frames[0].flat(0), frames[0].patches, frames[0].grids)
     with torch.no_grad():
@@ -191,10 +204,14 @@ def test_an_exported_folder_loads_in_transformers_with_equal_logits(oracle, fram
 
 
 @pytest.fixture
-def one(oracle, frames):
-    folder, reference = oracle(False)
-    config = hf.read_config(folder)
-    return config, hf.read_params(folder, config), frames[:1], torch_rows(reference, frames[:1], left=False)
+def one(oracle):
+    return control(oracle, "qwen2_5_vl")
+
+
+def control(oracle, family):
+    """A model, one frame, and what transformers makes of it."""
+    _, reference, config, params, frames = prepared(oracle, family)
+    return config, params, frames[:1], torch_rows(reference, frames[:1], left=False)
 
 
 def test_control_one_dimensional_positions_break_the_bound(one, monkeypatch):
@@ -232,3 +249,41 @@ def test_control_swapped_norms_break_the_bound(one):
     swapped = blocks | {"norm1": blocks["norm2"], "norm2": blocks["norm1"]}
     params = params | {"decoder": params["decoder"] | {"blocks": swapped}}
     assert largest_gap(config, params, frames, want) > 10 * LOGITS
+
+
+@pytest.fixture
+def deep(oracle):
+    return control(oracle, "qwen3_vl")
+
+
+def test_control_no_deepstack_breaks_the_bound(deep, monkeypatch):
+    config, params, frames, want = deep
+    run = vision_qwen3.Tower.__call__
+    monkeypatch.setattr(vision_qwen3.Tower, "__call__", lambda *a: run(*a)._replace(deep_XBMD=None))
+    assert largest_gap(config, params, frames, want) > 10 * LOGITS
+
+
+def test_control_positions_in_sections_instead_of_interleaved_break_the_bound(deep):
+    config, params, frames, want = deep
+    axes = dataclasses.replace(config.text, rope_axes=tuple(sorted(config.text.rope_axes)))
+    assert largest_gap(dataclasses.replace(config, text=axes), params, frames, want) > 10 * LOGITS
+
+
+def test_control_nearest_instead_of_interpolated_places_break_the_bound(deep, monkeypatch):
+    config, params, frames, want = deep
+
+    def nearest(table_XE, hw, size):
+        side = int(len(table_XE) ** 0.5)
+        at = jnp.round(hw * (side - 1) / jnp.maximum(size - 1, 1)).astype(int)
+        return table_XE[at[..., 0] * side + at[..., 1]]
+
+    monkeypatch.setattr(vision_qwen3, "stretched", nearest)
+    assert largest_gap(config, params, frames, want) > 10 * LOGITS
+
+
+def test_control_queries_and_keys_without_norms_break_the_bound(deep):
+    config, params, frames, want = deep
+    plain = dataclasses.replace(config.text, qk_norm=False)
+    blocks = {k: v for k, v in params["decoder"]["blocks"].items() if k not in ("q_norm", "k_norm")}
+    bare = params | {"decoder": params["decoder"] | {"blocks": blocks}}
+    assert largest_gap(dataclasses.replace(config, text=plain), bare, frames, want) > 10 * LOGITS

@@ -18,6 +18,8 @@ from surgery_r1_jax.chat import Chat
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.records import Frame, Record
 
+INSTRUCTION = answer.instruction("whole pixels of the image")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -31,7 +33,7 @@ def tokenizer(folder):
 
 def grammar_texts():
     """The instruction, every question, and completions to each of them with reasoning and without."""
-    yield answer.INSTRUCTION
+    yield INSTRUCTION
     for number, tool in enumerate(vocabulary.TOOLS):
         for state, place in zip(vocabulary.STATES, vocabulary.LOCATIONS * 4, strict=False):
             labels = ((vocabulary.STATE, state), (vocabulary.LOCATION, place), (vocabulary.ORGAN, "kidney"))
@@ -79,7 +81,7 @@ def test_a_completion_with_reasoning_is_17_tokens_and_a_question_8(folder):
     completion, question = chat.completion_ids(text), chat.prompt_ids("What is the state of prograsp_forceps?")
     print([chat.tokenizer.decode([id], skip_special_tokens=False) for id in completion])
     assert len(completion) == 17 and len(question) == 8
-    assert len(chat.prefix_ids(answer.INSTRUCTION, (20,))) == 9 + 22
+    assert len(chat.prefix_ids(INSTRUCTION, (20,))) == 9 + 22
 
 
 def test_the_place_is_one_token_directly_after_the_instrument(tokenizer):
@@ -178,7 +180,7 @@ def test_transformers_runs_a_model_on_the_folder(folder):
     config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     rows, (gh, gw) = preprocessor.patches(Image.new("RGB", (1280, 1024), (150, 60, 50)))
-    ids = np.array([chat.prefix_ids(answer.INSTRUCTION, [gh * gw // 4]) + chat.prompt_ids("Where is suction located?")])
+    ids = np.array([chat.prefix_ids(INSTRUCTION, [gh * gw // 4]) + chat.prompt_ids("Where is suction located?")])
     out = model(
         input_ids=torch.tensor(ids),
         mm_token_type_ids=torch.tensor(ids == chat.image_id).long(),
