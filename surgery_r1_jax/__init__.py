@@ -6,8 +6,8 @@ Reading order; a module imports only modules before it. README.md says of each w
                              check codec answer reasoning
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples pipeline
-    model                    sharding layers attention vision vision_qwen3 decoder model
-    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl families
+    model                    sharding layers attention vision vision_qwen3 experts decoder model
+    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          hf fresh optim checkpoint log
     programs                 evaluate run sft grpo

@@ -205,7 +205,12 @@ def _parameter(
             raise errors.InputError(
                 f"{folder}: tensor '{tensor}' is missing (parameter {where}); copy the checkpoint again"
             )
-        in_file = _numbers(files.pop(tensor), form.to_file(part, tower).shape)
+        stored, wanted = files.pop(tensor), form.to_file(part, tower).shape
+        swapped = (*wanted[:-2], *wanted[:-3:-1])
+        if form.or_swapped and stored.file.get_slice(stored.name).get_shape() == list(swapped) != list(wanted):
+            in_file = _numbers(stored, swapped).swapaxes(-1, -2)
+        else:
+            in_file = _numbers(stored, wanted)
         part[...] = form.from_file(in_file, part.shape)
     return value
 

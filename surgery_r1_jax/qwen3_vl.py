@@ -63,8 +63,8 @@ def read_config(whole) -> model.Config:
     )
 
 
-def read_text(whole, **more) -> decoder.Config:
-    """The decoder; `more` for what differs in the family with experts."""
+def read_text(whole) -> decoder.Config:
+    """The decoder."""
     text, rope = whole.text_config, whole.text_config.rope_parameters
     supported("attention_bias", bool(text.attention_bias), False)
     supported("hidden_act", text.hidden_act, "silu")
@@ -72,21 +72,20 @@ def read_text(whole, **more) -> decoder.Config:
     axes = [0] * (time + row + column)  # interleaved: row and column take every third frequency from the first ones
     axes[1 : 3 * row : 3] = [1] * row
     axes[2 : 3 * column : 3] = [2] * column
-    settings = dict(
+    return decoder.Config(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
         num_hidden_layers=text.num_hidden_layers,
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
+        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(rope["rope_theta"]),
         rope_axes=tuple(axes),
         qkv_bias=False,
         qk_norm=True,
     )
-    return decoder.Config(**settings | more)
 
 
 FAMILY = Family("qwen3_vl", "Qwen3-VL", NAMES, codec.PER_MILLE, read_config)

@@ -17,6 +17,7 @@ class Form(NamedTuple):
 
     to_file: Callable[[np.ndarray, vision.Config], np.ndarray]
     from_file: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    or_swapped: bool = False  # some writers swap the last two axes; read then, never written
 
 
 def linear(inputs: int) -> Form:

@@ -18,7 +18,7 @@ GRIDS = ((10, 14), (6, 8))
 
 
 # Weights and a frame for which greedy decoding is decided and varied.
-SEEDS = {"qwen2_vl": (1, 31), "qwen2_5_vl": (0, 30), "qwen3_vl": (0, 32)}
+SEEDS = {"qwen2_vl": (1, 31), "qwen2_5_vl": (0, 30), "qwen3_vl": (0, 32), "qwen3_vl_moe": (0, 32)}
 
 
 def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
@@ -49,11 +49,13 @@ def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
     )
     windows = dict(window_size=56, fullatt_block_indexes=[1, 3])
     deep = dict(num_position_embeddings=49, deepstack_visual_indexes=[0, 2])
+    experts = dict(moe_intermediate_size=48, num_experts=5, num_experts_per_tok=2, decoder_sparse_step=1)
     tower = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
     kind, text, tower = {
         "qwen2_vl": ("Qwen2VL", text, dict(depth=3, embed_dim=32, hidden_size=64, num_heads=2)),
         "qwen2_5_vl": ("Qwen2_5_VL", text, tower | windows),
         "qwen3_vl": ("Qwen3VL", wide, tower | deep),
+        "qwen3_vl_moe": ("Qwen3VLMoe", wide | experts, tower | deep),
     }[family]
     settings = getattr(transformers, f"{kind}Config")(
         text_config=text,
@@ -72,7 +74,18 @@ def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
             noise = torch.randn_like(parameter)
             parameter.copy_(0.15 * noise if parameter.ndim > 1 else 1 + 0.3 * noise)
     oracle.save_pretrained(folder)
+    if family == "qwen3_vl_moe":
+        swap_experts(folder / "model.safetensors")  # released files hold what transformers saves the other way round
     return folder, oracle.eval()
+
+
+def swap_experts(path):
+    """Transpose the experts' weights in a file."""
+    import safetensors.numpy
+
+    tensors = safetensors.numpy.load_file(path)
+    swapped = {n: np.ascontiguousarray(t.swapaxes(1, 2)) if ".experts." in n else t for n, t in tensors.items()}
+    safetensors.numpy.save_file(swapped, path, metadata={"format": "pt"})
 
 
 class Frame(NamedTuple):

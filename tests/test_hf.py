@@ -265,7 +265,7 @@ def without(entries, key):
     [
         (
             lambda c: c | {"model_type": "qwen3_5"},
-            "model_type 'qwen3_5' is not supported; supported: qwen2_vl, qwen2_5_vl, qwen3_vl",
+            "model_type 'qwen3_5' is not supported; supported: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe",
         ),
         (lambda c: without(c, "model_type"), "model_type 'None' is not supported"),
         (lambda c: c | {"use_sliding_window": True}, "use_sliding_window True is not supported"),

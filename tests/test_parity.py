@@ -6,6 +6,7 @@ negative controls break our model on purpose: each must leave the bound, or the 
 """
 
 import dataclasses
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 import randomised
 from randomised import IMAGE, PAD, STOP
 
-from surgery_r1_jax import families, grid, hf, model, options, sampling, scoring, vision_qwen3
+from surgery_r1_jax import experts, families, grid, hf, model, options, sampling, scoring, vision_qwen3
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
 
@@ -36,8 +37,9 @@ def torch_inputs(row, patches, grids):
 
 
 def torch_rows(oracle, frames, *, left):
-    """The oracle's logits for prefix + branch 0 of every frame, as one padded batch."""
-    rows = [f.flat(0) for f in frames]
+    """The oracle's logits at every branch of every frame, each a flat row of its own in one padded batch."""
+    rows = [f.flat(i) for f in frames for i in range(len(f.branches))]
+    frames = [f for f in frames for _ in f.branches]
     length = max(map(len, rows))
     pads = [(length - len(r), 0) if left else (0, length - len(r)) for r in rows]
     ids = np.stack([np.pad(r, p, constant_values=PAD) for r, p in zip(rows, pads, strict=True)])
@@ -56,8 +58,10 @@ def torch_rows(oracle, frames, *, left):
 
 
 def largest_gap(config, params, frames, want, **options):
+    """Between our branches, which share their frame's prefix, and the oracle's flat rows."""
     ours = randomised.logits(config, params, randomised.batch(config, frames, **options))
-    return max(np.abs(ours[i, 0, : len(w)] - w).max() for i, w in enumerate(want))
+    places = [(b, j) for b, f in enumerate(frames) for j in range(len(f.branches))]
+    return max(np.abs(ours[b, j, : len(w)] - w).max() for (b, j), w in zip(places, want, strict=True))
 
 
 class Oracle(NamedTuple):
@@ -102,7 +106,7 @@ def test_logits_equal_transformers_under_either_padding(each, left):
 def test_every_gradient_leaf_equals_transformers(oracle, family):
     """The heads take turns: what they are tied to is checked by the logits."""
     _, reference, config, params, frames = prepared(oracle, family, tied=family != "qwen2_vl")
-    batch = randomised.batch(config, frames, lanes=[[[0]], [[0]], [[0]]])
+    batch = randomised.batch(config, frames)
     graph, _ = model.build(config)
 
     def loss(params):
@@ -115,11 +119,13 @@ def test_every_gradient_leaf_equals_transformers(oracle, family):
 
     reference.zero_grad()
     for f in frames:
-        out = reference(**torch_inputs(f.flat(0), f.patches, f.grids)).logits[0, f.prefix.size : -1]
-        torch.nn.functional.cross_entropy(out, torch.tensor(f.branches[0][1:]), reduction="sum").backward()
+        for i, branch in enumerate(f.branches):
+            out = reference(**torch_inputs(f.flat(i), f.patches, f.grids)).logits[0, f.prefix.size : -1]
+            torch.nn.functional.cross_entropy(out, torch.tensor(branch[1:]), reduction="sum").backward()
     reference_gradients = {}
     for name, parameter in reference.named_parameters():
-        reference_gradients[hf._plain(name)] = parameter.grad.numpy()
+        gradient = parameter.grad.numpy()
+        reference_gradients[hf._plain(name)] = gradient.swapaxes(1, 2) if ".experts." in name else gradient
 
     ours = {hf._plain(name): value for name, value in hf._file_tensors(gradients, config)}
     assert set(ours) == set(reference_gradients)
@@ -203,6 +209,14 @@ def test_an_exported_folder_loads_in_transformers_with_equal_logits(each, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_experts_are_read_as_transformers_saves_them_too(oracle, tmp_path):
+    folder, _, config, params, _ = prepared(oracle, "qwen3_vl_moe")
+    other = shutil.copytree(folder, tmp_path / "other")
+    randomised.swap_experts(other / "model.safetensors")
+    assert (other / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, hf.read_params(other, config), params)
+
+
 @pytest.fixture
 def one(oracle):
     return control(oracle, "qwen2_5_vl")
@@ -227,6 +241,24 @@ def test_control_attention_without_windows_breaks_the_bound(one, monkeypatch):
 
     run = vision.Block.__call__
     monkeypatch.setattr(vision.Block, "__call__", lambda self, *a, full, chunk: run(self, *a, full=True, chunk=chunk))
+    assert largest_gap(config, params, frames, want) > 10 * LOGITS
+
+
+def test_control_windows_as_a_band_break_the_bound(one, monkeypatch):
+    """As many units in a window, but the next ones in raster order instead of a square."""
+    config, params, frames, want = one
+    square = grid.arrange
+
+    def band(grids, *, side, merge, windows):
+        columns = square(grids, side=1, merge=merge)  # a unit a window, in raster order
+        room = windows * side**2 - len(columns.source_WS)
+        arrays = (
+            np.pad(a, ((0, room), *[(0, 0)] * (a.ndim - 1)), constant_values=e)
+            for a, e in ((columns.source_WS, -1), (columns.hw_WS2, 0), (columns.image_WS, 0))
+        )
+        return grid.Layout(*(a.reshape(windows, -1, *a.shape[2:]) for a in arrays), columns.unit_of_token)
+
+    monkeypatch.setattr(grid, "arrange", band)
     assert largest_gap(config, params, frames, want) > 10 * LOGITS
 
 
@@ -278,6 +310,16 @@ def test_control_nearest_instead_of_interpolated_places_break_the_bound(deep, mo
         return table_XE[at[..., 0] * side + at[..., 1]]
 
     monkeypatch.setattr(vision_qwen3, "stretched", nearest)
+    assert largest_gap(config, params, frames, want) > 10 * LOGITS
+
+
+def test_control_a_router_without_renormalisation_breaks_the_bound(oracle, monkeypatch):
+    config, params, frames, want = control(oracle, "qwen3_vl_moe")
+
+    def raw(self, rows):
+        return jax.lax.top_k(jax.nn.softmax(self.router(rows)), self.mixture.used)
+
+    monkeypatch.setattr(experts.Experts, "chosen", raw)
     assert largest_gap(config, params, frames, want) > 10 * LOGITS
 
 
