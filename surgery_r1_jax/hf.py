@@ -65,7 +65,7 @@ def read_config(folder: Path) -> model.Config:
     try:
         whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         supported("quantization_config", getattr(whole, "quantization_config", None), None)
-        return families.FAMILIES[model_type].read_config(whole)
+        return families.FAMILIES[model_type].architecture(whole)
     except Exception as problem:  # transformers raises many kinds on a bad file
         raise errors.InputError(f"{path}: {_line(problem)}") from None
 

@@ -3,8 +3,8 @@
 Source: transformers:models/qwen2_5_vl.
 """
 
-from surgery_r1_jax import codec, decoder, model, vision, weights
-from surgery_r1_jax.family import Family, sections, supported
+from surgery_r1_jax import codec, decoder, vision, weights
+from surgery_r1_jax.family import TEXT, TOWER, Family, head_dim, same, sections, supported
 
 NAMES: weights.Names = {
     **weights.attention("model", bias=True),
@@ -17,48 +17,25 @@ NAMES: weights.Names = {
 }
 
 
-def read_config(whole) -> model.Config:
-    """Our architecture of a transformers configuration. Raises ValueError for a variant that is not supported."""
-    tower = whole.vision_config
-    supported("vision_config.hidden_act", tower.hidden_act, "silu")
-    return model.Config(
-        family=FAMILY.model_type,
-        image_token_id=whole.image_token_id,
-        tie_word_embeddings=bool(whole.tie_word_embeddings),
-        text=read_text(whole),
-        vision=vision.Config(
-            depth=tower.depth,
-            hidden_size=tower.hidden_size,
-            intermediate_size=tower.intermediate_size,
-            num_heads=tower.num_heads,
-            out_hidden_size=tower.out_hidden_size,
-            patch_size=tower.patch_size,
-            temporal_patch_size=tower.temporal_patch_size,
-            spatial_merge_size=tower.spatial_merge_size,
-            window_size=tower.window_size,
-            fullatt_block_indexes=tuple(tower.fullatt_block_indexes),
-            in_channels=tower.in_channels,
-        ),
-    )
-
-
-def read_text(whole) -> decoder.Config:
-    """The decoder, which Qwen2-VL shares."""
-    text, rope = whole.text_config, whole.text_config.rope_parameters
+def text_config(text) -> decoder.Config:
+    """The decoder, which Qwen2-VL has too."""
     supported("use_sliding_window", bool(text.use_sliding_window), False)
     supported("hidden_act", text.hidden_act, "silu")
     return decoder.Config(
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_theta=float(rope["rope_theta"]),
-        rope_axes=tuple(axis for axis, count in enumerate(sections(rope)) for _ in range(count)),
+        **same(text, TEXT),
+        head_dim=head_dim(text),
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        rope_axes=tuple(axis for axis, count in enumerate(sections(text)) for _ in range(count)),
     )
 
 
-FAMILY = Family("qwen2_5_vl", "Qwen2.5-VL", NAMES, codec.RESIZED_PIXELS, read_config)
+def tower_config(tower) -> vision.Config:
+    """The tower."""
+    supported("vision_config.hidden_act", tower.hidden_act, "silu")
+    return vision.Config(
+        **same(tower, (*TOWER, "hidden_size", "intermediate_size", "out_hidden_size", "window_size")),
+        fullatt_block_indexes=tuple(tower.fullatt_block_indexes),
+    )
+
+
+FAMILY = Family("qwen2_5_vl", "Qwen2.5-VL", NAMES, codec.RESIZED_PIXELS, text_config, tower_config)

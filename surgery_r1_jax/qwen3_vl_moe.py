@@ -6,7 +6,7 @@ transformers 5 saves as [expert, out, in]: both are read, the released form is w
 
 import dataclasses
 
-from surgery_r1_jax import codec, model, qwen3_vl, weights
+from surgery_r1_jax import codec, decoder, qwen3_vl, weights
 from surgery_r1_jax.experts import Mixture
 from surgery_r1_jax.family import Family, supported
 from surgery_r1_jax.qwen3_vl import LAYER
@@ -25,14 +25,13 @@ NAMES: weights.Names = {
 }
 
 
-def read_config(whole) -> model.Config:
-    """Our architecture of a transformers configuration. Raises ValueError for a variant that is not supported."""
-    text = whole.text_config
+def text_config(text) -> decoder.Config:
+    """The decoder: every layer has experts."""
     supported("decoder_sparse_step", text.decoder_sparse_step, 1)
     supported("mlp_only_layers", list(text.mlp_only_layers or ()), [])
-    sparse = dict(intermediate_size=text.moe_intermediate_size, mlp=Mixture(text.num_experts, text.num_experts_per_tok))
-    plain = qwen3_vl.read_config(whole)
-    return dataclasses.replace(plain, family=FAMILY.model_type, text=dataclasses.replace(plain.text, **sparse))
+    mixture = Mixture(text.num_experts, text.num_experts_per_tok)
+    plain = qwen3_vl.text_config(text)
+    return dataclasses.replace(plain, intermediate_size=text.moe_intermediate_size, mlp=mixture)
 
 
-FAMILY = Family("qwen3_vl_moe", "Qwen3-VL-MoE", NAMES, codec.PER_MILLE, read_config)
+FAMILY = Family("qwen3_vl_moe", "Qwen3-VL-MoE", NAMES, codec.PER_MILLE, text_config, qwen3_vl.tower_config)
