@@ -21,12 +21,13 @@ GRIDS = ((10, 14), (6, 8))
 SEEDS = {"qwen2_vl": (1, 31), "qwen2_5_vl": (0, 30), "qwen3_vl": (0, 32), "qwen3_vl_moe": (0, 32)}
 
 
-def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
-    """Save a randomised torch model; returns (folder, model)."""
-    import torch
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+
+
+def configuration(family: str, *, tied: bool):
+    """A tiny transformers configuration of the family."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     text = dict(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -51,13 +52,13 @@ def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
     deep = dict(num_position_embeddings=49, deepstack_visual_indexes=[0, 2])
     experts = dict(moe_intermediate_size=48, num_experts=5, num_experts_per_tok=2, decoder_sparse_step=1)
     tower = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
-    kind, text, tower = {
-        "qwen2_vl": ("Qwen2VL", text, dict(depth=3, embed_dim=32, hidden_size=64, num_heads=2)),
-        "qwen2_5_vl": ("Qwen2_5_VL", text, tower | windows),
-        "qwen3_vl": ("Qwen3VL", wide, tower | deep),
-        "qwen3_vl_moe": ("Qwen3VLMoe", wide | experts, tower | deep),
+    text, tower = {
+        "qwen2_vl": (text, dict(depth=3, embed_dim=32, hidden_size=64, num_heads=2)),
+        "qwen2_5_vl": (text, tower | windows),
+        "qwen3_vl": (wide, tower | deep),
+        "qwen3_vl_moe": (wide | experts, tower | deep),
     }[family]
-    settings = getattr(transformers, f"{kind}Config")(
+    return getattr(transformers, f"{CLASSES[family]}Config")(
         text_config=text,
         vision_config=tower,
         image_token_id=IMAGE,
@@ -66,9 +67,17 @@ def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
+
+
+def write(folder, *, family: str = "qwen2_5_vl", tied: bool):
+    """Save a randomised torch model; returns (folder, model)."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEEDS[family][0])
-    whole = getattr(transformers, f"{kind}ForConditionalGeneration")
-    oracle = whole._from_config(settings, attn_implementation="eager")
+    whole = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+    oracle = whole._from_config(configuration(family, tied=tied), attn_implementation="eager")
     with torch.no_grad():
         for parameter in oracle.parameters():
             noise = torch.randn_like(parameter)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import answer, vocabulary
+from surgery_r1_jax import answer, codec, vocabulary
 from surgery_r1_jax.answer import Reason, parse, render
 from surgery_r1_jax.errors import InputError
 
@@ -104,11 +104,13 @@ def test_numpy_integers_render_and_floats_do_not():
         render(box=(0.5, 1.0, 2.0, 3.0))
 
 
-def test_the_instruction_is_short_and_shows_what_render_writes():
-    assert len(answer.INSTRUCTION.split()) <= 60
+@pytest.mark.parametrize(("codec", "word"), [(codec.RESIZED_PIXELS, "pixels"), (codec.PER_MILLE, "thousandths")])
+def test_the_instruction_is_short_names_the_grid_and_shows_what_render_writes(codec, word):
+    text = answer.instruction(codec.units)
+    assert len(text.split()) <= 60
     shown = render(answer="class", box=(1, 2, 3, 4), think="reasoning").replace("1, 2, 3, 4", "x1, y1, x2, y2")
-    assert shown in answer.INSTRUCTION
-    assert "pixels" in answer.INSTRUCTION
+    assert shown in text
+    assert word in text
 
 
 def test_prompts_differ_by_what_they_want():
