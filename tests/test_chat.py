@@ -373,3 +373,8 @@ def test_the_real_vocabulary_keeps_the_equality_and_its_known_ids(tmp_path):
     for hostile in HOSTILE:
         assert not chat.control_ids.intersection(chat.completion_ids(hostile)[:-1])
     assert (chat.number_values(151936) >= 0).sum() == 10 and chat.allowed(151936).sum() == 151665 - 20 + 1
+    assert not chat.allowed(152064)[151665:].any(), "rows that pad the vocabulary are never drawn"
+    assert chat.prefix_ids(INSTRUCTION, (4, 2)).count(chat.image_id) == 6
+    box = chat.completion_ids("[612, 1000]")[:-1]
+    values = chat.number_values(151936)[box]
+    assert values[values >= 0].tolist() == [6, 1, 2, 1, 0, 0, 0], "a number is written digit by digit"
