@@ -6,6 +6,7 @@ remote code.
 """
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from surgery_r1_jax import errors, families, model, vision
 from surgery_r1_jax.family import supported
@@ -73,8 +76,8 @@ def read_config(folder: Path) -> model.Config:
 def read_params(folder: Path, config: model.Config, shardings: dict | None = None) -> dict:
     """Parameters of a folder as a nested dict of float32 arrays, placed by `shardings` where given.
 
-    The host holds one parameter (a stack of layers) at a time. Raises: InputError naming file and tensor for
-    anything missing, left over, of another shape, not a float, or not finite.
+    Tensor by tensor onto the devices: beside them the host holds one tensor. Raises: InputError naming file and tensor
+    for anything missing, left over, of another shape, not a float, or not finite.
     """
     folder, names = Path(folder), families.of(config).names
     _, abstract = model.build(config)
@@ -82,11 +85,14 @@ def read_params(folder: Path, config: model.Config, shardings: dict | None = Non
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
         for path, variable in nnx.to_flat_state(abstract):
-            where = ".".join(path)
-            name, form = names[where]
-            value = _parameter(folder, files, where, name, form, variable.get_value().shape, config.vision)
-            params[path] = jax.device_put(value) if shardings is None else _spread(value, _at(shardings, path))
-            del value  # before there is a next one
+            where, shape = ".".join(path), variable.get_value().shape
+            (name, form), here = names[where], None if shardings is None else _at(shardings, path)
+            read = functools.partial(_tensor, folder, files, where, form=form, tower=config.vision)
+            if "{i}" in name:
+                layers = (read(name.format(i=i), shape=shape[1:]) for i in range(shape[0]))
+                params[path] = _stacked(layers, shape, here)
+            else:
+                params[path] = _spread(read(name, shape=shape), here)
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if left_over := sorted(files):
@@ -188,31 +194,32 @@ class _Stored(NamedTuple):
     name: str  # in the file
 
 
-def _parameter(
-    folder: Path,
-    files: dict[str, _Stored],
-    where: str,
-    name: str,
-    form: Form,
-    shape: tuple[int, ...],
-    tower: vision.Config,
+def _tensor(
+    folder: Path, files: dict[str, _Stored], where: str, name: str, *, form: Form, shape: tuple, tower: vision.Config
 ) -> np.ndarray:
-    """Fill a parameter from its tensors, one or one per layer, and strike these off the list."""
-    value, name = np.empty(shape, np.float32), _plain(name)
-    parts = {name.format(i=i): layer for i, layer in enumerate(value)} if "{i}" in name else {name: value}
-    for tensor, part in parts.items():
-        if tensor not in files:
-            raise errors.InputError(
-                f"{folder}: tensor '{tensor}' is missing (parameter {where}); copy the checkpoint again"
-            )
-        stored, wanted = files.pop(tensor), form.to_file(part, tower).shape
-        swapped = (*wanted[:-2], *wanted[:-3:-1])
-        if form.or_swapped and stored.file.get_slice(stored.name).get_shape() == list(swapped) != list(wanted):
-            in_file = _numbers(stored, swapped).swapaxes(-1, -2)
-        else:
-            in_file = _numbers(stored, wanted)
-        part[...] = form.from_file(in_file, part.shape)
-    return value
+    """A tensor in our form, struck off the list."""
+    stored = files.pop(_plain(name), None)
+    if stored is None:
+        raise errors.InputError(f"{folder}: tensor '{name}' is missing (parameter {where}); copy the checkpoint again")
+    wanted = form.to_file(np.broadcast_to(np.float32(0), shape), tower).shape  # nothing is allocated
+    swapped = (*wanted[:-2], *wanted[:-3:-1])
+    if form.or_swapped and stored.file.get_slice(stored.name).get_shape() == list(swapped) != list(wanted):
+        return form.from_file(_numbers(stored, swapped).swapaxes(-1, -2), shape)
+    return form.from_file(_numbers(stored, wanted), shape)
+
+
+def _stacked(layers: Iterable[np.ndarray], shape: tuple, sharding: NamedSharding | None) -> jax.Array:
+    """Layers one after the other into their stack on the devices."""
+    of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    for i, layer in enumerate(layers):
+        stack = _put(stack, _spread(layer, of_layer), i)
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
 def _numbers(stored: _Stored, shape: tuple[int, ...]) -> np.ndarray:
@@ -270,8 +277,10 @@ def _plain(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def _spread(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array on all devices of all processes, each of which holds the whole value."""
+def _spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array on all devices of all processes, each of which holds the whole value; or on the first device."""
+    if sharding is None:
+        return jax.device_put(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
