@@ -9,6 +9,7 @@ Orbax writes beside the target and renames, so a killed save leaves no step that
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from surgery_r1_jax import errors, hf, model, optim, sharding
+from surgery_r1_jax import errors, families, hf, model, modelcard, optim, sharding
 
 FORMAT = 1
 
@@ -141,10 +142,42 @@ def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which
     return Loaded(settings, params, folder)
 
 
-def export(source: str | Path, out: str | Path, *, dtype: str = "float32", which: str = "best") -> Path:
-    """Write a run's parameters (or another folder's) as a Hugging Face folder."""
-    loaded = load_model(source, which=which)
-    return hf.write_folder(Path(out), loaded.params, loaded.config, loaded.folder, dtype=dtype)
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    which: str = "best",
+    max_shard_bytes: int = 2 << 30,
+    tell: hf.Tell = lambda name, done, total: None,
+) -> Path:
+    """Write a run's parameters (or another folder's) as a Hugging Face folder with a model card."""
+    loaded, out = load_model(source, which=which), Path(out)
+    card = modelcard.text(out.name, families.of(loaded.config).title, Path(source))
+    how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card, tell=tell)
+    return hf.write_folder(out, loaded.params, loaded.config, loaded.folder, **how)
+
+
+def import_folder(
+    source: str | Path, out: str | Path, *, dtype: str = "float32", tell: hf.Tell = lambda name, done, total: None
+) -> Path:
+    """A Hugging Face folder as a run folder: a checkpoint in shards, which every host reads its own part of.
+
+    Its config.json comes last: without it the folder is no model. Raises: InputError where there is one already.
+    """
+    source, out = Path(source), Path(out)
+    if (out / "model" / "config.json").exists() or (out.exists() and any(out.glob("*.*"))):
+        raise errors.InputError(f"{out}: already exists; give a new folder")
+    shutil.rmtree(out / "best", ignore_errors=True)  # of an import that was stopped
+    settings, mesh = hf.read_config(source), sharding.make_mesh()
+    shardings = sharding.of_params(model.build(settings)[1], mesh)
+    best = Best(out)
+    best.save(0, hf.read_params(source, settings, shardings, dtype=dtype, tell=tell), 0.0)
+    best.close()
+    if jax.process_index() == 0:
+        (out / "model").mkdir(parents=True, exist_ok=True)
+        hf.copy_side_files(source, out / "model")
+    return out
 
 
 def digest(params: dict) -> str:

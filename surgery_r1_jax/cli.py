@@ -13,14 +13,13 @@ Anything else is a bug and keeps its traceback.
 import argparse
 import difflib
 import errno
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from surgery_r1_jax import __version__
+from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 SPLITS = ("train", "dev", "val", "all")
@@ -141,10 +140,21 @@ def _evaluate(args: argparse.Namespace) -> int | None:
 
 def _export(args: argparse.Namespace) -> None:
     start_devices()
-    from surgery_r1_jax import checkpoint
+    from surgery_r1_jax import checkpoint, log
 
-    folder = checkpoint.export(args.checkpoint, args.hf_dir, dtype=args.dtype, which=args.which)
+    how = dict(dtype=args.dtype, which=args.which, max_shard_bytes=args.max_shard_size)
+    with log.byte_bar("exporting") as tell:
+        folder = checkpoint.export(args.checkpoint, args.hf_dir, **how, tell=tell)
     print(f"{args.checkpoint} written to {folder}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    start_devices()
+    from surgery_r1_jax import checkpoint, log
+
+    with log.byte_bar("importing") as tell:
+        folder = checkpoint.import_folder(args.hf_dir, args.out, dtype=args.dtype, tell=tell)
+    print(f"{args.hf_dir} written to {folder}")
 
 
 def _ask(args: argparse.Namespace) -> int | None:
@@ -173,13 +183,13 @@ def _report(args: argparse.Namespace) -> int | None:
 # The command line
 
 
-def commands() -> dict[str, "_Parser"]:
+def commands() -> dict[str, Parser]:
     """Every command's parser by its name."""
-    table: dict[str, _Parser] = {}
+    table: dict[str, Parser] = {}
 
     def command(name: str, handler: Callable, about: str, example: str, overrides: bool = False) -> Callable:
         """A new command; the function that adds its arguments."""
-        table[name] = _Parser(name, about, example, overrides)
+        table[name] = Parser(name, about, example, overrides)
         table[name].set_defaults(handler=handler)
         return table[name].add_argument
 
@@ -192,22 +202,40 @@ def commands() -> dict[str, "_Parser"]:
     add = command("demo", _demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
     add("--out", type=Path, required=True, metavar="DIR", help="directory for data, model, runs and report")
     add("--smoke", action="store_true", help="only a few steps, to see that everything works (default: off)")
-    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
     add = command("data synth", _synth, "Draw a data set of synthetic frames.", "data/synth --frames 200 --seed 0")
     add("directory", type=Path, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
-    add("--frames", type=_number(int, 1), required=True, metavar="N", help="number of frames")
-    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
-    add("--size", type=_size, default="1280x1024", metavar="WxH", help="pixels of a frame (default: %(default)s)")
-    add("--max-tools", type=_number(int, 1), default=4, metavar="K", help="instruments a frame (default: %(default)s)")
+    add("--frames", type=number(int, 1), required=True, metavar="N", help="number of frames")
+    add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+    add(
+        "--size",
+        type=pixels,
+        default="1280x1024",
+        metavar="WxH",
+        help="pixels of a frame (default: %(default)s)",
+    )
+    add(
+        "--max-tools",
+        type=number(int, 1),
+        default=4,
+        metavar="K",
+        help="instruments a frame (default: %(default)s)",
+    )
     add(
         "--balance",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         default=0.0,
         metavar="X",
         help="0: classes as rare as in surgery, 1: all alike (default: %(default)s)",
     )
-    add("--jobs", type=_number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
+    add(
+        "--jobs",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="processes that draw (default: %(default)s)",
+    )
 
     add = command("data check", _check, "Check every label and image of a data set.", "data/EndoVis-18-VQLA")
     add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
@@ -216,7 +244,7 @@ def commands() -> dict[str, "_Parser"]:
 
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
-    add("--seed", type=_number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
     sft_example = "--config configs/sft_3b.yaml --out runs/sft_3b --optimizer.learning_rate=1e-5"
     config_and_run(command("sft", _sft, "Fine-tune on answers, boxes and reasoning.", sft_example, True))
@@ -229,10 +257,16 @@ def commands() -> dict[str, "_Parser"]:
     add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
-    add("--batch-frames", type=_number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")
+    add(
+        "--batch-frames",
+        type=number(int, 1),
+        default=16,
+        metavar="N",
+        help="frames at once (default: %(default)s)",
+    )
     add(
         "--max-completion",
-        type=_number(int, 1),
+        type=number(int, 1),
         default=256,
         metavar="N",
         help="most tokens of an answer (default: %(default)s)",
@@ -251,6 +285,20 @@ def commands() -> dict[str, "_Parser"]:
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
     add("--which", choices=("best", "last"), default="best", help="of the run's parameters (default: %(default)s)")
+    add(
+        "--max-shard-size",
+        type=byte_count,
+        default="2GB",
+        metavar="N",
+        help="largest weight file (default: %(default)s)",
+    )
+
+    example = "checkpoints/Qwen2.5-VL-3B-Instruct imported/qwen2_5_3b"
+    about = "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts."
+    add = command("import", _import, about, example)
+    add("hf_dir", type=Path, metavar="HF_DIR", help="folder with config, safetensors, tokenizer")
+    add("out", type=Path, metavar="OUT", help="new run directory")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
 
     example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
     add = command("ask", _ask, "Ask one question about one image.", example)
@@ -288,7 +336,7 @@ def _run(argv: list[str]) -> int:
     name = next((name for name in (" ".join(argv[:2]), argv[0]) if name in table), None)
     if name is None:
         given = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
-        raise InputError(f"unknown command '{given}'; {_nearest(given, table)}")
+        raise InputError(f"unknown command '{given}'; {nearest(given, table)}")
     parser, words = table[name], argv[len(name.split()) :]
     if "-h" in words or "--help" in words:
         print(parser.format_help())
@@ -299,7 +347,7 @@ def _run(argv: list[str]) -> int:
     return args.handler(args) or 0
 
 
-def _sort(parser: "_Parser", words: list[str]) -> tuple[list[str], list[str]]:
+def _sort(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
     """A command's own words and the overrides `--section.key=value` among them; refuses unknown flags."""
     own, overrides = [], []
     for word in words:
@@ -307,7 +355,7 @@ def _sort(parser: "_Parser", words: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("--") or flag in parser.flags:
             own.append(word)
         elif not parser.takes_overrides or difflib.get_close_matches(flag, parser.flags, 1, 0.8):
-            raise InputError(f"unknown flag '{flag}'; {_nearest(flag, parser.flags)}")
+            raise InputError(f"unknown flag '{flag}'; {nearest(flag, parser.flags)}")
         elif not equals:
             raise InputError(f"unknown flag '{flag}'; to override a key of the configuration write {flag}=VALUE")
         else:
@@ -315,7 +363,7 @@ def _sort(parser: "_Parser", words: list[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def _overview(table: dict[str, "_Parser"]) -> str:
+def _overview(table: dict[str, Parser]) -> str:
     """The help text of the whole program."""
     lines = [f"  {name:<12}{parser.description}" for name, parser in table.items()]
     return f"""usage: surgery-r1 COMMAND ...
@@ -329,60 +377,6 @@ example:
   surgery-r1 demo --out runs/demo --smoke
 
 'surgery-r1 COMMAND --help' tells the arguments of a command, --version the version."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A command's ArgumentParser, which knows its flags and raises InputError for a mistake."""
-
-    def __init__(self, name: str, about: str, example: str, takes_overrides: bool):
-        self.flags: list[str] = []
-        self.takes_overrides = takes_overrides
-        more = "\n\nany key of the configuration can be overridden: --section.key=value" if takes_overrides else ""
-        super().__init__(
-            prog=f"surgery-r1 {name}",
-            description=about,
-            epilog=f"example:\n  surgery-r1 {name} {example}{more}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        action = super().add_argument(*names, **options)
-        self.flags += [name for name in action.option_strings if name.startswith("--")]
-        return action
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-def _nearest(wrong: str, names: Iterable[str]) -> str:
-    """The remedy for a mistyped name."""
-    near = difflib.get_close_matches(wrong, names, 1)
-    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
-
-
-def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """Reads an int or a float within limits."""
-
-    def read(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not least <= number <= most:
-            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} {limits}, given '{text}'")
-        return number
-
-    return read
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Reads WIDTHxHEIGHT."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and 0 < len(width) < 6 and 0 < len(height) < 6):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT as in 1280x1024, given '{text}'")
-    return int(width), int(height)
 
 
 def _refuse(reason: object, status: int, word: str = "error") -> int:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
 SIDE_FILES = (
-    "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -44,6 +43,7 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "LICENSE",
+    "config.json",  # last: a folder without it is no model
 )
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -73,8 +73,18 @@ def read_config(folder: Path) -> model.Config:
         raise errors.InputError(f"{path}: {_line(problem)}") from None
 
 
-def read_params(folder: Path, config: model.Config, shardings: dict | None = None) -> dict:
-    """Parameters of a folder as a nested dict of float32 arrays, placed by `shardings` where given.
+Tell = Callable[[str, int, int], None]  # is told of a tensor, and how many bytes of how many are done
+
+
+def read_params(
+    folder: Path,
+    config: model.Config,
+    shardings: dict | None = None,
+    *,
+    dtype: str = "float32",
+    tell: Tell = lambda name, done, total: None,
+) -> dict:
+    """Parameters of a folder as a nested dict of arrays, placed by `shardings` where given.
 
     Tensor by tensor onto the devices: beside them the host holds one tensor. Raises: InputError naming file and tensor
     for anything missing, left over, of another shape, not a float, or not finite.
@@ -84,15 +94,20 @@ def read_params(folder: Path, config: model.Config, shardings: dict | None = Non
     params = {}
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
+        count = _Counter(tell, sum(path.stat().st_size for path in {stored.path for stored in files.values()}))
         for path, variable in nnx.to_flat_state(abstract):
             where, shape = ".".join(path), variable.get_value().shape
             (name, form), here = names[where], None if shardings is None else _at(shardings, path)
-            read = functools.partial(_tensor, folder, files, where, form=form, tower=config.vision)
+
+            def read(name, shape, form=form, where=where):
+                value = _tensor(folder, files, where, name, form, shape, config.vision)
+                return count(name, value.astype(DTYPES[dtype], copy=False))
+
             if "{i}" in name:
-                layers = (read(name.format(i=i), shape=shape[1:]) for i in range(shape[0]))
-                params[path] = _stacked(layers, shape, here)
+                layers = (read(name.format(i=i), shape[1:]) for i in range(shape[0]))
+                params[path] = _stacked(layers, shape, DTYPES[dtype], here)
             else:
-                params[path] = _spread(read(name, shape=shape), here)
+                params[path] = _spread(read(name, shape), here)
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if left_over := sorted(files):
@@ -109,8 +124,12 @@ def write_folder(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 2 << 30,
+    card: str | None = None,
+    tell: Tell = lambda name, done, total: None,
 ) -> Path:
     """Write a folder that transformers loads: weights from `params`, everything else copied from `source`.
+
+    `card` is the text of its README.md.
 
     Written beside `out` and renamed at the end: `out` is whole or not there. Raises: InputError where `out` holds
     files already.
@@ -122,8 +141,13 @@ def write_folder(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        _write_weights(part, _file_tensors(params, config, DTYPES[dtype]), max_shard_bytes)
+        total = sum(leaf.size for leaf in jax.tree.leaves(params)) * np.dtype(DTYPES[dtype]).itemsize
+        count = _Counter(tell, total)
+        tensors = ((name, count(name, value)) for name, value in _file_tensors(params, config, DTYPES[dtype]))
+        _write_weights(part, tensors, max_shard_bytes)
         copy_side_files(source, part, dtype=dtype)
+        if card is not None:
+            (part / "README.md").write_text(card, "utf-8")
         if out.exists():
             out.rmdir()
         part.rename(out)
@@ -194,8 +218,20 @@ class _Stored(NamedTuple):
     name: str  # in the file
 
 
+class _Counter:
+    """Passes values on and tells how many bytes have passed."""
+
+    def __init__(self, tell: Tell, total: int):
+        self._tell, self._done, self._total = tell, 0, total
+
+    def __call__(self, name: str, value: np.ndarray) -> np.ndarray:
+        self._done += value.nbytes
+        self._tell(name, self._done, self._total)
+        return value
+
+
 def _tensor(
-    folder: Path, files: dict[str, _Stored], where: str, name: str, *, form: Form, shape: tuple, tower: vision.Config
+    folder: Path, files: dict[str, _Stored], where: str, name: str, form: Form, shape: tuple, tower: vision.Config
 ) -> np.ndarray:
     """A tensor in our form, struck off the list."""
     stored = files.pop(_plain(name), None)
@@ -208,10 +244,10 @@ def _tensor(
     return form.from_file(_numbers(stored, wanted), shape)
 
 
-def _stacked(layers: Iterable[np.ndarray], shape: tuple, sharding: NamedSharding | None) -> jax.Array:
+def _stacked(layers: Iterable[np.ndarray], shape: tuple, dtype, sharding: NamedSharding | None) -> jax.Array:
     """Layers one after the other into their stack on the devices."""
     of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    stack = jnp.zeros(shape, dtype, device=sharding)
     for i, layer in enumerate(layers):
         stack = _put(stack, _spread(layer, of_layer), i)
     return stack

@@ -15,18 +15,27 @@ Lost time: `elapsed_s` counts the work that is in the run, `lost_s` the work tha
 the time between the last line of a session and the start of the next. Together they are the time on the wall.
 """
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -208,6 +217,22 @@ class RunLog:
         text = "".join(c if c == " " or c.isprintable() else _escape(c) for c in text)
         encoding = self.console.encoding
         return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextlib.contextmanager
+def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for weights: gives a function to be told of a tensor, and how many bytes of how many are done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None, tensor="")
+        yield lambda tensor, done, total: bar.update(task, completed=done, total=total, tensor=tensor)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -25,21 +26,25 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "grpo.train": {},
     "evaluate.run": 0,
     "checkpoint.export": Path("h"),
+    "checkpoint.import_folder": Path("k"),
     "ask.run": 0,
     "doctor.start": 0,
     "fresh.write": Path("h"),
     "report.run": 0,
 }
+TELL = unittest.mock.ANY
 TRAINING = ["--config", "c.yaml", "--out", "runs/x"]
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Stands in for every function that a handler calls; the calls they received."""
-    received = []
+    received, made = [], []
     for target, answer in TARGETS.items():
         name, function = target.split(".")
-        module = types.ModuleType(f"surgery_r1_jax.{name}")
+        stand_in = sys.modules.get(f"surgery_r1_jax.{name}")
+        module = stand_in if stand_in in made else types.ModuleType(f"surgery_r1_jax.{name}")
+        made.append(module)
 
         def record(*args, _target=target, _answer=answer, **options):
             received.append((_target, args, options))
@@ -105,7 +110,18 @@ def refusal(capsys, *argv, status=2):
             (Path("k"), Path("d"), "dev", Path("f.json")),
             {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False},
         ),
-        ("export k h", "checkpoint.export", (Path("k"), Path("h")), {"dtype": "float32", "which": "best"}),
+        (
+            "export k h --max-shard-size 500MB",
+            "checkpoint.export",
+            (Path("k"), Path("h")),
+            {"dtype": "float32", "which": "best", "max_shard_bytes": 500_000_000, "tell": TELL},
+        ),
+        (
+            "import h k --dtype bfloat16",
+            "checkpoint.import_folder",
+            (Path("h"), Path("k")),
+            {"dtype": "bfloat16", "tell": TELL},
+        ),
         ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
         ("doctor --config c --a.b=3", "doctor.start", ((Path("c"), ["--a.b=3"]), Path("c")), {}),

@@ -1,0 +1,75 @@
+"""Arguments of the command line: a parser that tells mistakes in one line with their remedy, and readers of values."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from surgery_r1_jax.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's ArgumentParser, which knows its flags and raises InputError for a mistake."""
+
+    def __init__(self, name: str, about: str, example: str, takes_overrides: bool):
+        self.flags: list[str] = []
+        self.takes_overrides = takes_overrides
+        more = "\n\nany key of the configuration can be overridden: --section.key=value" if takes_overrides else ""
+        super().__init__(
+            prog=f"surgery-r1 {name}",
+            description=about,
+            epilog=f"example:\n  surgery-r1 {name} {example}{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's; remembers the flag."""
+        action = super().add_argument(*names, **options)
+        self.flags += [name for name in action.option_strings if name.startswith("--")]
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse instead of leaving the program."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str:
+    """The remedy for a mistyped name."""
+    near = difflib.get_close_matches(wrong, names, 1)
+    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Reads an int or a float within limits."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {limits}, given '{text}'")
+        return value
+
+    return read
+
+
+def byte_count(text: str) -> int:
+    """Reads a number of bytes such as 500MB or 2GiB."""
+    number = text.rstrip("BGMKTi")
+    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    unit = text[len(number) :].removesuffix("B")
+    if not (number.isdecimal() and len(number) < 16 and int(number) > 0 and unit.removesuffix("i") in units):
+        raise argparse.ArgumentTypeError(f"expected a size as in 500MB or 2GB, given '{text}'")
+    return int(number) * (1024 if unit.endswith("i") else 1000) ** units[unit.removesuffix("i")]
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Reads WIDTHxHEIGHT."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 0 < len(width) < 6 and 0 < len(height) < 6):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT as in 1280x1024, given '{text}'")
+    return int(width), int(height)

@@ -1,0 +1,65 @@
+"""The README.md of an exported model: where it comes from, what it was trained on, and how it did while training."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from surgery_r1_jax import __version__
+
+SHOWN = ("accuracy", "accuracy_no_organ", "macro_f1", "miou", "joint_rate", "illusion_rate", "parse_failure_rate", "n")
+
+
+def text(name: str, title: str, source: Path) -> str:
+    """The card of a model of the family `title`, exported from a run folder or a Hugging Face folder.
+
+    Of paths only the last part is told: what stands before it is nobody's business.
+    """
+    settings = _read(source / "config.yaml")
+    base = Path(str(settings.get("model", source))).name
+    front = dict(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base,
+        tags=["surgical-vqla", "surgery-r1-jax", title.lower()],
+    )
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n", f"# {name}\n", f"A {title} model. Base: {base}."]
+    if settings:
+        data = settings["data"]
+        kind = "GRPO" if "samples" in settings else "SFT"
+        parts.append(
+            f"Trained by {kind}, {settings['schedule']['steps']} steps, seed {settings['seed']}, on the split "
+            f"{data['split']} of {Path(data['root']).name}."
+        )
+    parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.", *_scores(source / "metrics.jsonl")]
+    if settings:
+        settings |= {"model": base, "data": data | {"root": Path(data["root"]).name}}
+        parts.append(f"## Configuration\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
+    parts.append("## Limits\n\nNot validated for clinical use; not a medical device.\n")
+    return "\n".join(parts)
+
+
+def _scores(file: Path) -> list[str]:
+    """A table of the last evaluation, which chose among checkpoints and is no test result."""
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    scores = next((row for row in reversed(rows) if row.get("split") not in (None, "train")), None)
+    if scores is None:
+        return [""]
+    lines = [f"| {key} | {scores[key]:.4g} |" for key in SHOWN if isinstance(scores.get(key), (int, float))]
+    about = f"\n## Last evaluation while training, split {scores['split']}, step {scores['step']}\n"
+    return [about, "| metric | value |", "| --- | --- |", *lines, ""]
+
+
+def _read(file: Path) -> dict:
+    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _commit() -> str:
+    """The commit of the program where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f" at commit {done.stdout.strip()}" if done.returncode == 0 else ""

@@ -1,0 +1,90 @@
+"""Folders to checkpoints and back, byte for byte, with a card that says where a model comes from."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import toy
+import yaml
+from toy import few_devices  # noqa: F401
+
+from surgery_r1_jax import checkpoint, cli, config, hf, options, sharding
+from surgery_r1_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in bfloat16 with several weight files."""
+    home = tmp_path_factory.mktemp("conversion")
+    whole = toy.write_model(home / "whole")
+    return checkpoint.export(whole, home / "folder", dtype="bfloat16", max_shard_bytes=60_000)
+
+
+def hashes(folder):
+    held = [safetensors.numpy.load_file(file) for file in folder.glob("*.safetensors")]
+    return {name: hashlib.sha256(value.tobytes()).hexdigest() for part in held for name, value in part.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tensor_keeps_its_bytes_on_the_way_in_and_out(folder, tmp_path, dtype):
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    told = []
+    imported = checkpoint.import_folder(folder, tmp_path / "in", dtype=dtype, tell=lambda *what: told.append(what))
+    assert {name for name, *_ in told} == set(hashes(folder))
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    again = checkpoint.export(imported, tmp_path / "out", dtype="bfloat16")
+    assert hashes(again) == hashes(folder)
+    assert hf.read_config(again) == hf.read_config(folder)
+
+
+def test_an_imported_folder_is_a_model_to_start_from_on_any_mesh(folder, tmp_path):
+    imported = checkpoint.import_folder(folder, tmp_path / "in", dtype="bfloat16")
+    want = hf.read_params(folder, hf.read_config(folder))
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        loaded = checkpoint.load_model(imported, sharding.make_mesh(shape))
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, want)
+
+
+def test_an_import_that_was_stopped_is_no_model_and_may_be_repeated(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "copy_side_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.import_folder(folder, tmp_path / "in")
+    with pytest.raises(InputError, match="no config"):
+        checkpoint.load_model(tmp_path / "in")
+    checkpoint.import_folder(folder, tmp_path / "in")
+    assert checkpoint.load_model(tmp_path / "in").config == hf.read_config(folder)
+    with pytest.raises(InputError, match="already exists"):
+        checkpoint.import_folder(folder, tmp_path / "in")
+
+
+def test_the_card_of_a_run_tells_base_data_settings_and_scores_but_no_paths(folder, tmp_path):
+    run = checkpoint.import_folder(folder, tmp_path / "run")
+    settings = options.GRPO(
+        model=f"/home/patient/{folder.name}", data=options.Data(root="/home/patient/frames"), seed=7
+    )
+    config.save(settings, run / "config.yaml")
+    rows = [{"step": 3, "split": "train", "loss": 1.0}, {"step": 9, "split": "dev", "accuracy": 0.875, "n": 40}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (checkpoint.export(run, tmp_path / "mine") / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == folder.name
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    for part in ("# mine", "Qwen2.5-VL", "GRPO", "seed 7", "frames", "split dev, step 9", "| accuracy | 0.875 |"):
+        assert part in body, part
+    assert "/home" not in text and "patient" not in text
+    assert "Not validated for clinical use" in body
+
+
+def test_sizes_are_read_and_nonsense_is_refused(folder, tmp_path, capsys):
+    argv = ["export", str(folder), str(tmp_path / "small"), "--max-shard-size", "60KB"]
+    assert cli.main(argv) == 0
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 2
+    for wrong in ("0", "2XB", "GB", "1.5GB", "9" * 20):
+        assert cli.main([*argv[:2], str(tmp_path / "never"), "--max-shard-size", wrong]) == 2
+        assert "expected a size as in 500MB or 2GB" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
