@@ -118,20 +118,24 @@ def folder_of(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(path)
 
 
-def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best") -> Loaded:
+def load_model(
+    path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best", dtype: str = "float32"
+) -> Loaded:
     """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none)."""
     path, folder = Path(path), folder_of(path)
     settings = hf.read_config(folder)
     _, abstract = model.build(settings)
     shardings = None if mesh is None else sharding.of_params(abstract, mesh)
     if folder == path:
-        return Loaded(settings, hf.read_params(path, settings, shardings), folder)
+        return Loaded(settings, hf.read_params(path, settings, shardings, dtype=dtype), folder)
     best, last = _steps(path / "best"), _steps(path / "checkpoints")
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, nnx.to_pure_dict(abstract))
     wanted = jax.tree.map(
-        lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), nnx.to_pure_dict(abstract), shardings
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, hf.DTYPES[dtype], sharding=where),
+        nnx.to_pure_dict(abstract),
+        shardings,
     )
     if which == "best" and best:
         params = _pick(path / "best" / str(best[-1]) / "params", wanted)
@@ -152,7 +156,7 @@ def export(
     tell: hf.Tell = lambda name, done, total: None,
 ) -> Path:
     """Write a run's parameters (or another folder's) as a Hugging Face folder with a model card."""
-    loaded, out = load_model(source, which=which), Path(out)
+    loaded, out = load_model(source, which=which, dtype=dtype), Path(out)
     card = modelcard.text(out.name, families.of(loaded.config).title, Path(source))
     how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card, tell=tell)
     return hf.write_folder(out, loaded.params, loaded.config, loaded.folder, **how)

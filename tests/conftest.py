@@ -41,6 +41,21 @@ def params(config):
     return toy.params(config)
 
 
+@pytest.fixture
+def uneven_rewards(monkeypatch):
+    """Untrained models never earn anything: half of their completions shall count as well formed."""
+    from surgery_r1_jax import grade
+
+    real = grade.grade
+
+    def graded(tokens_BJT, *rest):
+        found = real(tokens_BJT, *rest)
+        even_BJ = found.judged.valid & (tokens_BJT.sum(-1) % 2 == 0)
+        return found._replace(judged=found.judged._replace(format_ok=even_BJ))
+
+    monkeypatch.setattr(grade, "grade", graded)
+
+
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
     """A function giving (folder, torch model) of a randomised tiny model, made once per variant."""

@@ -36,7 +36,7 @@ def start(request, tmp_path):
     return hf.write_folder(tmp_path / "start", toy.params(settings, spread=0.05), settings, bare)
 
 
-def test_a_family_is_trained_reinforced_exported_and_loaded_again(start, data, tmp_path):
+def test_a_family_is_trained_reinforced_exported_and_loaded_again(start, data, tmp_path, uneven_rewards):
     common = dict(
         data=options.Data(root=str(data), frames=2, questions=2),
         optimizer=options.Optimizer(learning_rate=1e-3),

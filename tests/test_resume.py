@@ -17,7 +17,6 @@ from surgery_r1_jax import (
     checkpoint,
     errors,
     evaluate,
-    grade,
     grpo,
     log,
     optim,
@@ -132,19 +131,6 @@ def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(p
         sft.train(sft_settings(place), tmp_path)
     assert checkpoint.Checkpoints(tmp_path).latest() == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-@pytest.fixture
-def uneven_rewards(monkeypatch):
-    """Untrained models never earn anything: half of their completions shall count as well formed."""
-    real = grade.grade
-
-    def graded(tokens_BJT, *rest):
-        found = real(tokens_BJT, *rest)
-        even_BJ = found.judged.valid & (tokens_BJT.sum(-1) % 2 == 0)
-        return found._replace(judged=found.judged._replace(format_ok=even_BJ))
-
-    monkeypatch.setattr(grade, "grade", graded)
 
 
 def test_grpo_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, tmp_path, monkeypatch, uneven_rewards):

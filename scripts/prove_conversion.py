@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""Conversion at real size: every byte kept, memory held down, seconds against a plain copy of the same files.
+
+Writes a folder of the shape of Qwen2.5-VL-3B (or another) with random bfloat16 weights, imports and exports it by the
+command line, and compares hashes, peak memory and the median seconds with copy and fsync. Needs four times the size of
+the weights on disk.
+
+.venv/bin/python scripts/prove_conversion.py --shape qwen2_5_vl_3b --work /tmp/conversion
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from flax import nnx
+
+from surgery_r1_jax import families, hf, model, tiny
+
+GIB = 2**30
+ROPE = dict(rope_type="default", rope_theta=1e6)
+
+
+def text(width, layers, heads, kv_heads, mlp, **more):
+    """A text_config."""
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    return sizes | dict(intermediate_size=mlp, vocab_size=151936) | more
+
+
+# From config.json of the model cards Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen3-VL-2B-Instruct; both heads are tied.
+SHAPES = {
+    "qwen2_5_vl_3b": (
+        "Qwen2_5_VLConfig",
+        text(2048, 36, 16, 2, 11008, rope_parameters=ROPE | dict(mrope_section=[16, 24, 24])),
+        dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
+        | dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+    ),
+    "qwen3_vl_2b": (
+        "Qwen3VLConfig",
+        text(2048, 28, 16, 8, 6144, head_dim=128, rope_parameters=ROPE | dict(mrope_section=[24, 20, 20])),
+        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2048)
+        | dict(num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]),
+    ),
+}
+
+
+def write_random(folder: Path, shape: str) -> None:
+    """A folder of this shape: random weights, the tiny tokenizer."""
+    import transformers
+
+    name, words, tower = SHAPES[shape]
+    tiny.write_folder(folder)
+    getattr(transformers, name)(text_config=words, vision_config=tower, tie_word_embeddings=True).save_pretrained(
+        folder
+    )
+    settings = hf.read_config(folder)
+    rng = np.random.default_rng(0)
+
+    def tensors():
+        for path, variable in nnx.to_flat_state(model.build(settings)[1]):
+            name, form = families.of(settings).names[".".join(path)]
+            size = variable.get_value().shape
+            layers = size[0] if "{i}" in name else 1
+            for i in range(layers):
+                ours = rng.standard_normal(size[1:] if "{i}" in name else size, np.float32).astype(ml_dtypes.bfloat16)
+                yield name.format(i=i), np.ascontiguousarray(form.to_file(ours, settings.vision))
+
+    hf._write_weights(folder, tensors(), 2 * GIB)
+
+
+def hashes(folder: Path) -> tuple[dict[str, str], int]:
+    """A hash of every tensor, and the size of the largest."""
+    found, largest = {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                value = file.get_tensor(name)
+                found[name] = hashlib.sha256(value.tobytes()).hexdigest()
+                largest = max(largest, value.nbytes)
+    return found, largest
+
+
+def copy(source: Path, out: Path) -> float:
+    """Seconds to copy all files and have them on disk."""
+    since = time.monotonic()
+    out.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, out / path.name)
+        with open(out / path.name, "rb+") as file:
+            os.fsync(file.fileno())
+    return time.monotonic() - since
+
+
+def run(*words: str) -> tuple[float, int]:
+    """Seconds and peak bytes of a command of surgery-r1."""
+    code = "import resource, sys; from surgery_r1_jax import cli; status = cli.main(sys.argv[1:]); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+    since = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.monotonic() - since
+    return seconds, int(done.stdout.split()[-1]) * 1024
+
+
+def main() -> None:
+    """Write, convert, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2_5_vl_3b")
+    parser.add_argument("--work", type=Path, required=True, help="folder for some tens of gigabytes; emptied first")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    source, inside, out, plain = (args.work / name for name in ("source", "imported", "exported", "copied"))
+    write_random(source, args.shape)
+    before, largest = hashes(source)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    print(f"{args.shape}: {len(before)} tensors, {size / GIB:.2f} GiB, largest {largest / GIB:.2f} GiB", flush=True)
+
+    seconds: dict[str, list[float]] = {"copy": [], "import": [], "export": []}
+    peaks = {"import": 0, "export": 0}
+    for repeat in range(args.repeats):
+        for folder in (inside, out, plain):
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds["copy"].append(copy(source, plain))
+        shutil.rmtree(plain)
+        for name, words in (
+            ("import", ("import", str(source), str(inside), "--dtype", "bfloat16")),
+            ("export", ("export", str(inside), str(out), "--dtype", "bfloat16", "--max-shard-size", "2GiB")),
+        ):
+            took, peak = run(*words)
+            seconds[name].append(took)
+            peaks[name] = max(peaks[name], peak)
+        after, _ = hashes(out)
+        assert after == before, "a tensor changed on the way"
+        print(f"round {repeat + 1}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True)
+
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    bound = size + 2 * GIB + largest
+    result = dict(
+        shape=args.shape,
+        tensors=len(before),
+        gib=size / GIB,
+        all_hashes_equal=True,
+        seconds=middle,
+        import_ratio=middle["import"] / middle["copy"],
+        export_ratio=middle["export"] / middle["copy"],
+        peak_gib={name: peak / GIB for name, peak in peaks.items()},
+        bound_gib=bound / GIB,
+        own_peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+    )
+    print(json.dumps(result, indent=2))
+    shutil.rmtree(args.work)
+
+
+if __name__ == "__main__":
+    main()
