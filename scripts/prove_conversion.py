@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
-from surgery_r1_jax import families, hf, model, tiny
+from surgery_r1_jax import hf, model, tiny
 
 GIB = 2**30
 ROPE = dict(rope_type="default", rope_theta=1e6)
@@ -66,17 +66,9 @@ def write_random(folder: Path, shape: str) -> None:
     )
     settings = hf.read_config(folder)
     rng = np.random.default_rng(0)
-
-    def tensors():
-        for path, variable in nnx.to_flat_state(model.build(settings)[1]):
-            name, form = families.of(settings).names[".".join(path)]
-            size = variable.get_value().shape
-            layers = size[0] if "{i}" in name else 1
-            for i in range(layers):
-                ours = rng.standard_normal(size[1:] if "{i}" in name else size, np.float32).astype(ml_dtypes.bfloat16)
-                yield name.format(i=i), np.ascontiguousarray(form.to_file(ours, settings.vision))
-
-    hf._write_weights(folder, tensors(), 2 * GIB)
+    layout = hf._file_layout(nnx.to_pure_dict(model.build(settings)[1]), settings)
+    tensors = (rng.standard_normal(size, np.float32).astype(ml_dtypes.bfloat16) for _, size in layout)
+    hf._write_weights(folder, layout, tensors, "bfloat16", 2 * GIB)
 
 
 def hashes(folder: Path) -> tuple[dict[str, str], int]:

@@ -82,10 +82,15 @@ class Checkpoints:
 
 
 class Best:
-    """Parameters of the best step so far, by the joint rate on the dev split."""
+    """Parameters of the best step so far, by the joint rate on the dev split.
 
-    def __init__(self, out: Path):
-        self._manager = _manager(Path(out) / "best", keep=1, best_fn=lambda metrics: metrics["joint_rate"])
+    While they are saved, `at_once` gigabytes of them are copied at a time.
+    """
+
+    def __init__(self, out: Path, at_once: int = 96):
+        handlers = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)}
+        by_rate = dict(best_fn=lambda metrics: metrics["joint_rate"], item_handlers=handlers)
+        self._manager = _manager(Path(out) / "best", keep=1, **by_rate)
 
     @property
     def rate(self) -> float:
@@ -175,8 +180,9 @@ def import_folder(
     shutil.rmtree(out / "best", ignore_errors=True)  # of an import that was stopped
     settings, mesh = hf.read_config(source), sharding.make_mesh()
     shardings = sharding.of_params(model.build(settings)[1], mesh)
-    best = Best(out)
-    best.save(0, hf.read_params(source, settings, shardings, dtype=dtype, tell=tell), 0.0)
+    params = hf.read_params(source, settings, shardings, dtype=dtype, tell=tell)
+    best = Best(out, at_once=_gigabytes(params))
+    best.save(0, params, 0.0)
     best.close()
     if jax.process_index() == 0:
         (out / "model").mkdir(parents=True, exist_ok=True)
@@ -194,11 +200,16 @@ def digest(params: dict) -> str:
     return total.hexdigest()
 
 
-def _manager(folder: Path, keep: int, best_fn=None) -> ocp.CheckpointManager:
+def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False, best_fn=best_fn
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=item_handlers)
+
+
+def _gigabytes(tree) -> int:
+    """Whole gigabytes that hold the largest array of a tree, which Orbax must be allowed to have at hand."""
+    return 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // 10**9
 
 
 def _pick(folder: Path, wanted: dict) -> dict:
@@ -206,7 +217,7 @@ def _pick(folder: Path, wanted: dict) -> dict:
     how = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes(wanted))) as checkpointer:
         found = checkpointer.restore(folder.absolute(), args=how)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         if not isinstance(leaf, jax.Array):

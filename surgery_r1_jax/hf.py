@@ -5,9 +5,9 @@ of names; anything missing, left over or of another shape is an error that names
 remote code.
 """
 
-import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -46,6 +45,13 @@ SIDE_FILES = (
     "config.json",  # last: a folder without it is no model
 )
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+FILE_TYPES = {"float32": "F32", "bfloat16": "BF16"}
+# What is read: the type of number, its bits, and the exponent of what is not finite.
+KINDS = {
+    "F32": (np.float32, np.uint32, 0x7F800000),
+    "BF16": (ml_dtypes.bfloat16, np.uint16, 0x7F80),
+    "F16": (np.float16, np.uint16, 0x7C00),
+}
 
 
 def read_config(folder: Path) -> model.Config:
@@ -92,22 +98,21 @@ def read_params(
     folder, names = Path(folder), families.of(config).names
     _, abstract = model.build(config)
     params = {}
-    with contextlib.ExitStack() as stack:
-        files = _open(folder, stack)
-        count = _Counter(tell, sum(path.stat().st_size for path in {stored.path for stored in files.values()}))
-        for path, variable in nnx.to_flat_state(abstract):
-            where, shape = ".".join(path), variable.get_value().shape
-            (name, form), here = names[where], None if shardings is None else _at(shardings, path)
+    files = _open(folder)
+    count = _Counter(tell, sum(path.stat().st_size for path in {stored.path for stored in files.values()}))
+    for path, variable in nnx.to_flat_state(abstract):
+        where, shape = ".".join(path), variable.get_value().shape
+        (name, form), here = names[where], None if shardings is None else _at(shardings, path)
 
-            def read(name, shape, form=form, where=where):
-                value = _tensor(folder, files, where, name, form, shape, config.vision)
-                return count(name, value.astype(DTYPES[dtype], copy=False))
+        def read(name, shape, form=form, where=where):
+            value = _tensor(folder, files, where, name, form, shape, config.vision)
+            return count(name, value.astype(DTYPES[dtype], copy=False))
 
-            if "{i}" in name:
-                layers = (read(name.format(i=i), shape[1:]) for i in range(shape[0]))
-                params[path] = _stacked(layers, shape, DTYPES[dtype], here)
-            else:
-                params[path] = _spread(read(name, shape), here)
+        if "{i}" in name:
+            layers = (read(name.format(i=i), shape[1:]) for i in range(shape[0]))
+            params[path] = _stacked(layers, shape, DTYPES[dtype], here)
+        else:
+            params[path] = _spread(read(name, shape), here)
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if left_over := sorted(files):
@@ -143,8 +148,8 @@ def write_folder(
     try:
         total = sum(leaf.size for leaf in jax.tree.leaves(params)) * np.dtype(DTYPES[dtype]).itemsize
         count = _Counter(tell, total)
-        tensors = ((name, count(name, value)) for name, value in _file_tensors(params, config, DTYPES[dtype]))
-        _write_weights(part, tensors, max_shard_bytes)
+        tensors = (count(name, value) for name, value in _file_tensors(params, config, DTYPES[dtype]))
+        _write_weights(part, _file_layout(params, config), tensors, dtype, max_shard_bytes)
         copy_side_files(source, part, dtype=dtype)
         if card is not None:
             (part / "README.md").write_text(card, "utf-8")
@@ -157,34 +162,43 @@ def write_folder(
     return out
 
 
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
-    """One file, or shards with an index; how many is known at the end, so they get their names then."""
-    written, total = [], 0
-    for shard in _shards(tensors, max_shard_bytes):
-        file = folder / f"{len(written)}.part"
-        file.touch()
-        mode = file.stat().st_mode  # safetensors makes files that only their owner can read
-        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(mode)
-        written.append((file, list(shard)))
-        total += sum(value.nbytes for value in shard.values())
-    count, weight_map = len(written), {}
-    for number, (file, names) in enumerate(written, start=1):
-        final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        file.rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+def _write_weights(
+    folder: Path, layout: list[tuple[str, tuple]], tensors: Iterable[np.ndarray], dtype: str, max_shard_bytes: int
+) -> None:
+    """One file, or shards with an index; tensor by tensor, so that nothing but the one at hand is held.
+
+    Source of the format: huggingface/safetensors, README.md.
+    """
+    size_of = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in layout}
+    shards, tensors = list(_shards(size_of, max_shard_bytes)), iter(tensors)
+    shapes, weight_map = dict(layout), {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            start, end = end, end + size_of[name]
+            header[name] = dict(dtype=FILE_TYPES[dtype], shape=shapes[name], data_offsets=[start, end])
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                out.write(next(tensors).view(np.uint8).data)
+                weight_map[name] = file
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    for name, value in tensors:
-        if shard and sum(other.nbytes for other in shard.values()) + value.nbytes > max_bytes:
+def _shards(size_of: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Names in files of at most so many bytes; a larger tensor has a file of its own."""
+    shard, filled = [], 0
+    for name, size in size_of.items():
+        if shard and filled + size > max_bytes:
             yield shard
-            shard = {}
-        shard[name] = value
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
     yield shard
 
 
@@ -199,23 +213,47 @@ def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> Non
         (out / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", "utf-8")
 
 
+def _file_layout(params: dict, config: model.Config) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the files' tensors, in the order of `_file_tensors`."""
+    found = []
+    for where, name, form in _rows(config):
+        shape = _at(params, where).shape
+        layers = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
+        in_file = _file_shape(form, shape[1:] if "{i}" in name else shape, config.vision)
+        found += [(layer, in_file) for layer in layers]
+    return found
+
+
 def _file_tensors(params: dict, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the files, one after the other."""
+    """The tensors of the files, one after the other; of a stack the host holds a layer."""
+    for where, name, form in _rows(config):
+        value = _at(params, where)
+        layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
+        for file_name, layer in layers:
+            in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision)
+            yield file_name, np.ascontiguousarray(in_file.astype(dtype, copy=False))
+
+
+def _rows(config: model.Config) -> Iterator[tuple[list[str], str, Form]]:
+    """Path, file name and form of every parameter that stands in the files."""
     for where, (name, form) in families.of(config).names.items():
-        if where == "head" and config.tie_word_embeddings:
-            continue
-        value = np.asarray(jax.device_get(_at(params, where.split("."))))
-        stack = [(name, value)] if "{i}" not in name else [(name.format(i=i), layer) for i, layer in enumerate(value)]
-        for file_name, array in stack:
-            yield file_name, np.ascontiguousarray(form.to_file(array, config.vision).astype(dtype))
+        if where != "head" or not config.tie_word_embeddings:
+            yield where.split("."), name, form
+
+
+def _file_shape(form: Form, shape: tuple, tower: vision.Config) -> tuple[int, ...]:
+    """The shape in the file of a tensor of this shape; nothing is allocated."""
+    return form.to_file(np.broadcast_to(np.float32(0), shape), tower).shape
 
 
 class _Stored(NamedTuple):
     """Where a tensor lies."""
 
     path: Path
-    file: safetensors.safe_open
     name: str  # in the file
+    kind: str  # of number, as safetensors calls it
+    shape: list[int]
+    start: int  # byte of the file
 
 
 class _Counter:
@@ -237,9 +275,9 @@ def _tensor(
     stored = files.pop(_plain(name), None)
     if stored is None:
         raise errors.InputError(f"{folder}: tensor '{name}' is missing (parameter {where}); copy the checkpoint again")
-    wanted = form.to_file(np.broadcast_to(np.float32(0), shape), tower).shape  # nothing is allocated
+    wanted = _file_shape(form, shape, tower)
     swapped = (*wanted[:-2], *wanted[:-3:-1])
-    if form.or_swapped and stored.file.get_slice(stored.name).get_shape() == list(swapped) != list(wanted):
+    if form.or_swapped and stored.shape == list(swapped) != list(wanted):
         return form.from_file(_numbers(stored, swapped).swapaxes(-1, -2), shape)
     return form.from_file(_numbers(stored, wanted), shape)
 
@@ -259,21 +297,22 @@ def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
 
 
 def _numbers(stored: _Stored, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the files as float32. Raises: InputError for another shape or type, and for NaN and infinity."""
-    header, problem = stored.file.get_slice(stored.name), None
-    if header.get_shape() != list(shape):
-        problem = f"has shape {header.get_shape()}, but config.json makes it {list(shape)}"
-    elif header.get_dtype() not in ("F32", "BF16", "F16"):
-        problem = f"has type {header.get_dtype()}; only float32, bfloat16 and float16 weights are read"
+    """A tensor of the files. Raises: InputError for another shape or type, and for NaN and infinity."""
+    if stored.shape != list(shape):
+        problem = f"has shape {stored.shape}, but config.json makes it {list(shape)}"
+    elif stored.kind not in KINDS:
+        problem = f"has type {stored.kind}; only float32, bfloat16 and float16 weights are read"
     else:
-        value = stored.file.get_tensor(stored.name).astype(np.float32)
-        if np.isfinite(value.min()) and np.isfinite(value.max()):  # each of them is NaN where there is one
+        kind, bits, exponent = KINDS[stored.kind]
+        # Read, not mapped: pages of a mapped file count as memory of the program.
+        value = np.fromfile(stored.path, kind, math.prod(shape), offset=stored.start).reshape(shape)
+        if not np.any(value.view(bits) & exponent == exponent):
             return value
         problem = "holds a number that is not finite; take an earlier checkpoint"
     raise errors.InputError(f"{stored.path}: tensor '{stored.name}' {problem}")
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+def _open(folder: Path) -> dict[str, _Stored]:
     """Every tensor by its plain name. An index and its files must agree both ways."""
     index, weight_map, shards = folder / INDEX, None, [SINGLE]
     if index.is_file():
@@ -292,20 +331,31 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
     found: dict[str, _Stored] = {}
     for path in (folder / shard for shard in shards):
         try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+            with safetensors.safe_open(path, framework="np"):  # checks the whole header against the file
+                header, data = _header(path)
         except (safetensors.SafetensorError, OSError) as problem:
             raise errors.InputError(f"{path}: not a whole safetensors file ({_line(problem)}); copy it again") from None
-        for spelling in file.keys():  # noqa: SIM118 - not a dict
+        for spelling, entry in header.items():
             if weight_map is not None and weight_map.get(spelling) != path.name:
                 raise errors.InputError(f"{path}: holds '{spelling}', which {INDEX} places elsewhere; copy both again")
             name = _plain(spelling)
             if name in found:
                 raise errors.InputError(f"{path}: holds '{name}' a second time; export the checkpoint again")
-            found[name] = _Stored(path, file, spelling)
+            start = data + entry["data_offsets"][0]
+            found[name] = _Stored(path, spelling, entry["dtype"], entry["shape"], start)
     missing = sorted(set(weight_map or ()) - {stored.name for stored in found.values()})
     if missing:
         raise errors.InputError(f"{index}: tensor '{missing[0]}' is in none of the files; copy the checkpoint again")
     return found
+
+
+def _header(path: Path) -> tuple[dict[str, dict], int]:
+    """What a sound safetensors file says of its tensors, and the byte at which their numbers begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def _plain(name: str) -> str:
