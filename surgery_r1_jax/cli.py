@@ -167,11 +167,13 @@ def _ask(args: argparse.Namespace) -> int | None:
 def _doctor(args: argparse.Namespace) -> int | None:
     from surgery_r1_jax import options
 
-    settings = options.load(args.config, args.overrides)
+    if (args.config is None) == (args.checkpoint is None):
+        raise InputError("give either --config FILE or --checkpoint DIR; see surgery-r1 doctor --help")
+    settings = options.load(args.config, args.overrides) if args.config else None
     start_devices()
     from surgery_r1_jax import doctor
 
-    return doctor.start(settings, args.config)
+    return doctor.start(settings, args.config) if settings else doctor.describe(args.checkpoint)
 
 
 def _report(args: argparse.Namespace) -> int | None:
@@ -308,9 +310,12 @@ def commands() -> dict[str, Parser]:
     add("--save", type=Path, metavar="PNG", help="write the image with the answer drawn on it (default: not written)")
 
     example = "--config configs/grpo_7b.yaml --compute.mesh=[1,4,2]"
-    about = "Tell what a run would be: sizes, tokens, memory, and what is amiss."
+    about = "Tell what a run would be, or what a model is: sizes, tokens, memory, and what is amiss."
     add = command("doctor", _doctor, about, example, True)
-    add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+    add("--config", type=Path, metavar="FILE", help="YAML configuration of a run (default: none)")
+    add(
+        "--checkpoint", type=Path, metavar="DIR", help="instead: a run directory or Hugging Face folder (default: none)"
+    )
 
     add = command(
         "report",

@@ -22,7 +22,9 @@ from surgery_r1_jax import (
     checkpoint,
     errors,
     evaluate,
+    families,
     hf,
+    images,
     labels,
     memory,
     model,
@@ -81,6 +83,39 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     if stopping:
         raise errors.InputError(f"{name}: {stopping}")
     return 0
+
+
+def describe(path: str | Path) -> int:
+    """`doctor --checkpoint`: what a folder is. Raises InputError where it is no model that is supported."""
+    folder = checkpoint.folder_of(path)
+    architecture = hf.read_config(folder)
+    encoder, family = evaluate.encoder_of(folder, architecture), families.of(architecture)
+    print(f"{path}: {family.title}, model_type {family.model_type}")
+    stored, sizes = json.loads((folder / "config.json").read_text("utf-8")), _part_sizes(architecture)
+    head = "the embedding" if architecture.tie_word_embeddings else "a matrix of its own"
+    parts = [(part, f"{sizes[part]:>16,}") for part in model.PARTS] + [("all", f"{sizes.total():>16,}")]
+    kept = [("stored as", str(stored.get("dtype") or stored.get("torch_dtype"))), ("head", head)]
+    _section("parameters", "by part", parts + kept)
+    seen = encoder.preprocessor
+    unit = seen.patch_size * seen.merge_size
+    pixels = [(name, f"{n:,} pixels, {n // unit**2:,} tokens") for name, n in _pixel_limits(seen)]
+    _section("images", f"a token is {unit} x {unit} pixels, {seen.merge_size**2} patches of {seen.patch_size}", pixels)
+    _section("boxes", f"in {encoder.codec.units}", [])
+    rows, tokens = architecture.text.vocab_size, encoder.chat.vocab_size
+    _section("vocabulary", f"{rows:,} rows, {tokens:,} tokens, {rows - tokens:,} rows of padding, never drawn", [])
+    devices, each = jax.device_count(), sizes.total() * 4
+    needs = [
+        ("weights", each, "float32"),
+        ("SFT", 4 * each, "with gradients and two moments"),
+        ("GRPO", 5 * each, "and a reference, where there is a KL term"),
+    ]
+    about = f"of a device, {devices} along fsdp, without activations; --config tells those of a run"
+    _section("memory", about, [(name, f"{_gib(size // devices):>10} {what}") for name, size, what in needs])
+    return 0
+
+
+def _pixel_limits(seen: images.Preprocessor) -> list[tuple[str, int]]:
+    return [("at least", seen.min_pixels), ("at most", seen.max_pixels)]
 
 
 def mesh_of(shape: Sequence[int]) -> Mesh | AbstractMesh:
@@ -179,18 +214,24 @@ def _require(folder: Path, root: Path) -> None:
     lines = []
     needed = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
     if missing := [name for name in needed if not (folder / name).is_file()]:
-        lines.append(f"{folder}: no {', no '.join(missing)}; give a Hugging Face folder of a Qwen2.5-VL model as model")
+        lines.append(f"{folder}: no {', no '.join(missing)}; give a Hugging Face folder of a Qwen-VL model as model")
     if not root.is_dir():
         lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
     if lines:
         raise errors.InputError("\n".join(map(labels.printable, lines)))
 
 
-def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
-    """Parameters of each part and the rate it learns with."""
+def _part_sizes(architecture: model.Config) -> Counter:
+    """Numbers of parameters by part."""
     sizes: Counter = Counter()
     for path, variable in nnx.to_flat_state(model.build(architecture)[1]):
         sizes[model.part_of(path)] += math.prod(variable.get_value().shape)
+    return sizes
+
+
+def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
+    """Parameters of each part and the rate it learns with."""
+    sizes = _part_sizes(architecture)
     rates = settings.optimizer.rates
     rows = [
         (part, f"{sizes[part]:>14,} parameters, rate {getattr(rates, part) * settings.optimizer.learning_rate:g}")

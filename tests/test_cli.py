@@ -29,6 +29,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "checkpoint.import_folder": Path("k"),
     "ask.run": 0,
     "doctor.start": 0,
+    "doctor.describe": 0,
     "fresh.write": Path("h"),
     "report.run": 0,
 }
@@ -125,6 +126,7 @@ def refusal(capsys, *argv, status=2):
         ("ask --checkpoint k --image i q", "ask.run", (Path("k"), Path("i"), "q"), {"save": None}),
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
         ("doctor --config c --a.b=3", "doctor.start", ((Path("c"), ["--a.b=3"]), Path("c")), {}),
+        ("doctor --checkpoint k", "doctor.describe", (Path("k"),), {}),
         ("init h --seed 4", "fresh.write", (Path("h"),), {"seed": 4}),
         ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],

@@ -152,7 +152,7 @@ def test_missing_model_and_data_are_both_named(monkeypatch, tmp_path, capsys):
     assert cli.main(["doctor", "--config", str(CONFIGS / "sft_3b.yaml")]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: checkpoints/Qwen2.5-VL-3B-Instruct: no config.json, no tokenizer_config.json, "
-        "no preprocessor_config.json; give a Hugging Face folder of a Qwen2.5-VL model as model",
+        "no preprocessor_config.json; give a Hugging Face folder of a Qwen-VL model as model",
         "error: data/EndoVis-18-VQLA: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root",
     ]
 
@@ -290,3 +290,21 @@ def test_settings_of_the_file_reach_the_report(tmp_path, toys, capsys, monkeypat
     assert "SFT, 77 steps of 8 frames" in printed
     assert "rate 0.002" in printed
     assert config.load(options.SFT, path).schedule.steps != 77
+
+
+def test_a_folder_is_described(toys, capsys):
+    assert cli.main(["doctor", "--checkpoint", str(toys[0])]) == 0
+    printed = capsys.readouterr().out
+    architecture = hf.read_config(toys[0])
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(model.build(architecture)[1])))
+    words = printed.split()
+    assert f"{count:,}" in words and "float32" in words
+    for part in ("Qwen2.5-VL, model_type qwen2_5_vl", "28 x 28 pixels", "whole pixels of the image", "rows of padding"):
+        assert part in printed, part
+    assert f"{architecture.text.vocab_size:,} rows" in printed
+
+
+@pytest.mark.parametrize("words", [[], ["--config", "a.yaml", "--checkpoint", "b"]])
+def test_a_run_or_a_folder_not_both_nor_neither(words, capsys):
+    assert cli.main(["doctor", *words]) == 2
+    assert "give either --config FILE or --checkpoint DIR" in capsys.readouterr().err
