@@ -88,7 +88,8 @@ class Best:
     """
 
     def __init__(self, out: Path, at_once: int = 96):
-        handlers = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)}
+        # Weights are noise to a compressor: it takes longer than the disk.
+        handlers = {"params": ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, use_compression=False)}
         by_rate = dict(best_fn=lambda metrics: metrics["joint_rate"], item_handlers=handlers)
         self._manager = _manager(Path(out) / "best", keep=1, **by_rate)
 
@@ -100,7 +101,7 @@ class Best:
 
     def save(self, step: int, params: dict, rate: float) -> None:
         """Replace the kept parameters."""
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params))
+        args = ocp.args.Composite(params=ocp.args.PyTreeSave(params))
         self._manager.save(step, args=args, metrics={"joint_rate": rate}, force=True)
         self._manager.wait_until_finished()
 

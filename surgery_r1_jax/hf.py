@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from surgery_r1_jax import errors, families, model, vision
 from surgery_r1_jax.family import supported
-from surgery_r1_jax.weights import Form
+from surgery_r1_jax.weights import Form, turned
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -230,8 +230,8 @@ def _file_tensors(params: dict, config: model.Config, dtype=np.float32) -> Itera
         value = _at(params, where)
         layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
         for file_name, layer in layers:
-            in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision)
-            yield file_name, np.ascontiguousarray(in_file.astype(dtype, copy=False))
+            in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision).astype(dtype, copy=False)
+            yield file_name, turned(in_file.T) if in_file.ndim == 2 else np.ascontiguousarray(in_file)
 
 
 def _rows(config: model.Config) -> Iterator[tuple[list[str], str, Form]]:
@@ -306,7 +306,7 @@ def _numbers(stored: _Stored, shape: tuple[int, ...]) -> np.ndarray:
         kind, bits, exponent = KINDS[stored.kind]
         # Read, not mapped: pages of a mapped file count as memory of the program.
         value = np.fromfile(stored.path, kind, math.prod(shape), offset=stored.start).reshape(shape)
-        if not np.any(value.view(bits) & exponent == exponent):
+        if not value.size or (value.view(bits) & exponent).max() < exponent:
             return value
         problem = "holds a number that is not finite; take an earlier checkpoint"
     raise errors.InputError(f"{stored.path}: tensor '{stored.name}' {problem}")
