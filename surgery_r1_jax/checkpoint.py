@@ -159,7 +159,7 @@ def export(
     dtype: str = "float32",
     which: str = "best",
     max_shard_bytes: int = 2 << 30,
-    tell: hf.Tell = lambda name, done, total: None,
+    tell: hf.Tell = hf.untold,
 ) -> Path:
     """Write a run's parameters (or another folder's) as a Hugging Face folder with a model card."""
     loaded, out = load_model(source, which=which, dtype=dtype), Path(out)
@@ -168,18 +168,19 @@ def export(
     return hf.write_folder(out, loaded.params, loaded.config, loaded.folder, **how)
 
 
-def import_folder(
-    source: str | Path, out: str | Path, *, dtype: str = "float32", tell: hf.Tell = lambda name, done, total: None
-) -> Path:
+def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32", tell: hf.Tell = hf.untold) -> Path:
     """A Hugging Face folder as a run folder: a checkpoint in shards, which every host reads its own part of.
 
-    Its config.json comes last: without it the folder is no model. Raises: InputError where there is one already.
+    Its config.json comes last: without it the folder is no model. Raises: InputError where `out` holds anything but an
+    import that was stopped, which is begun anew.
     """
     source, out = Path(source), Path(out)
-    if (out / "model" / "config.json").exists() or (out.exists() and any(out.glob("*.*"))):
-        raise errors.InputError(f"{out}: already exists; give a new folder")
-    shutil.rmtree(out / "best", ignore_errors=True)  # of an import that was stopped
     settings, mesh = hf.read_config(source), sharding.make_mesh()
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if (out / "model" / "config.json").exists() or held - {"best", "model"} or out.is_file():
+        raise errors.InputError(f"{out}: already exists; give a new folder")
+    if jax.process_index() == 0:
+        shutil.rmtree(out / "best", ignore_errors=True)
     shardings = sharding.of_params(model.build(settings)[1], mesh)
     params = hf.read_params(source, settings, shardings, dtype=dtype, tell=tell)
     best = Best(out, at_once=_gigabytes(params))

@@ -210,20 +210,8 @@ def commands() -> dict[str, Parser]:
     add("directory", type=Path, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
     add("--frames", type=number(int, 1), required=True, metavar="N", help="number of frames")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
-    add(
-        "--size",
-        type=pixels,
-        default="1280x1024",
-        metavar="WxH",
-        help="pixels of a frame (default: %(default)s)",
-    )
-    add(
-        "--max-tools",
-        type=number(int, 1),
-        default=4,
-        metavar="K",
-        help="instruments a frame (default: %(default)s)",
-    )
+    add("--size", type=pixels, default="1280x1024", metavar="WxH", help="pixels of a frame (default: %(default)s)")
+    add("--max-tools", type=number(int, 1), default=4, metavar="K", help="instruments a frame (default: %(default)s)")
     add(
         "--balance",
         type=number(float, 0, 1),
@@ -231,13 +219,7 @@ def commands() -> dict[str, Parser]:
         metavar="X",
         help="0: classes as rare as in surgery, 1: all alike (default: %(default)s)",
     )
-    add(
-        "--jobs",
-        type=number(int, 1),
-        default=1,
-        metavar="N",
-        help="processes that draw (default: %(default)s)",
-    )
+    add("--jobs", type=number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
 
     add = command("data check", _check, "Check every label and image of a data set.", "data/EndoVis-18-VQLA")
     add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
@@ -259,13 +241,7 @@ def commands() -> dict[str, Parser]:
     add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
-    add(
-        "--batch-frames",
-        type=number(int, 1),
-        default=16,
-        metavar="N",
-        help="frames at once (default: %(default)s)",
-    )
+    add("--batch-frames", type=number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")
     add(
         "--max-completion",
         type=number(int, 1),

@@ -24,7 +24,6 @@ from surgery_r1_jax import (
     evaluate,
     families,
     hf,
-    images,
     labels,
     memory,
     model,
@@ -98,7 +97,8 @@ def describe(path: str | Path) -> int:
     _section("parameters", "by part", parts + kept)
     seen = encoder.preprocessor
     unit = seen.patch_size * seen.merge_size
-    pixels = [(name, f"{n:,} pixels, {n // unit**2:,} tokens") for name, n in _pixel_limits(seen)]
+    limits = [("at least", seen.min_pixels), ("at most", seen.max_pixels)]
+    pixels = [(name, f"{n:,} pixels, {n // unit**2:,} tokens") for name, n in limits]
     _section("images", f"a token is {unit} x {unit} pixels, {seen.merge_size**2} patches of {seen.patch_size}", pixels)
     _section("boxes", f"in {encoder.codec.units}", [])
     rows, tokens = architecture.text.vocab_size, encoder.chat.vocab_size
@@ -112,10 +112,6 @@ def describe(path: str | Path) -> int:
     about = f"of a device, {devices} along fsdp, without activations; --config tells those of a run"
     _section("memory", about, [(name, f"{_gib(size // devices):>10} {what}") for name, size, what in needs])
     return 0
-
-
-def _pixel_limits(seen: images.Preprocessor) -> list[tuple[str, int]]:
-    return [("at least", seen.min_pixels), ("at most", seen.max_pixels)]
 
 
 def mesh_of(shape: Sequence[int]) -> Mesh | AbstractMesh:

@@ -82,13 +82,17 @@ def read_config(folder: Path) -> model.Config:
 Tell = Callable[[str, int, int], None]  # is told of a tensor, and how many bytes of how many are done
 
 
+def untold(name: str, done: int, total: int) -> None:
+    """The `Tell` of those who do not watch."""
+
+
 def read_params(
     folder: Path,
     config: model.Config,
     shardings: dict | None = None,
     *,
     dtype: str = "float32",
-    tell: Tell = lambda name, done, total: None,
+    tell: Tell = untold,
 ) -> dict:
     """Parameters of a folder as a nested dict of arrays, placed by `shardings` where given.
 
@@ -130,14 +134,12 @@ def write_folder(
     dtype: str = "float32",
     max_shard_bytes: int = 2 << 30,
     card: str | None = None,
-    tell: Tell = lambda name, done, total: None,
+    tell: Tell = untold,
 ) -> Path:
     """Write a folder that transformers loads: weights from `params`, everything else copied from `source`.
 
-    `card` is the text of its README.md.
-
-    Written beside `out` and renamed at the end: `out` is whole or not there. Raises: InputError where `out` holds
-    files already.
+    `card` is the text of its README.md. Written beside `out` and renamed at the end: `out` is whole or not there.
+    Raises: InputError where `out` holds files already.
     """
     out, source = Path(out), Path(source)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

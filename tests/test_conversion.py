@@ -62,6 +62,18 @@ def test_an_import_that_was_stopped_is_no_model_and_may_be_repeated(folder, tmp_
         checkpoint.import_folder(folder, tmp_path / "in")
 
 
+def test_an_import_touches_no_folder_of_another_kind_and_none_for_a_mistyped_source(folder, tmp_path):
+    kept = tmp_path / "mine" / "best" / "photo"
+    kept.mkdir(parents=True)
+    (tmp_path / "mine" / "notes").mkdir()
+    with pytest.raises(InputError, match="already exists"):
+        checkpoint.import_folder(folder, tmp_path / "mine")
+    (tmp_path / "mine" / "notes").rmdir()
+    with pytest.raises(InputError, match="no config"):
+        checkpoint.import_folder(tmp_path / "mistyped", tmp_path / "mine")
+    assert kept.is_dir()
+
+
 def test_the_card_of_a_run_tells_base_data_settings_and_scores_but_no_paths(folder, tmp_path):
     run = checkpoint.import_folder(folder, tmp_path / "run")
     settings = options.GRPO(
