@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from surgery_r1_jax import errors, families, hf, model, modelcard, optim, sharding
+from surgery_r1_jax import errors, families, hf, model, modelcard, optim, sharding, tensors
 
 FORMAT = 1
 
@@ -139,7 +139,7 @@ def load_model(
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, nnx.to_pure_dict(abstract))
     wanted = jax.tree.map(
-        lambda p, where: jax.ShapeDtypeStruct(p.shape, hf.DTYPES[dtype], sharding=where),
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, tensors.DTYPES[dtype], sharding=where),
         nnx.to_pure_dict(abstract),
         shardings,
     )

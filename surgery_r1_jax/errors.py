@@ -17,3 +17,8 @@ class Preempted(Exception):
     """The process was asked to stop; its state is saved and the same command with --resume goes on."""
 
     exit_status = 75
+
+
+def one_line(problem: Exception) -> str:
+    """What another library says of a problem, as one short line."""
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

@@ -38,6 +38,11 @@ def linear(inputs: int) -> Form:
     )
 
 
+def plain(name: str) -> str:
+    """A tensor's name without the parts that come and go with transformers' versions."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 SAME = Form(lambda ours, _: ours, lambda file, shape: file)
 FLAT = Form(lambda ours, _: ours.reshape(-1), lambda file, shape: file.reshape(shape))
 PATCH = Form(  # a 3-D convolution whose kernel covers exactly one patch

@@ -14,7 +14,7 @@ import safetensors.numpy
 import toy
 from flax import nnx
 
-from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tiny
+from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tensors, tiny
 from surgery_r1_jax.errors import InputError
 
 SHARD_BYTES = 60_000
@@ -319,12 +319,12 @@ def refuses(action, where, reason):
 
 
 def shard_of(folder, name):
-    return folder / json.loads((folder / hf.INDEX).read_text())["weight_map"][name]
+    return folder / json.loads((folder / tensors.INDEX).read_text())["weight_map"][name]
 
 
 def change(folder, name, value):
     """Store another value under a name in a sharded folder, or none."""
-    index = json.loads((folder / hf.INDEX).read_text())
+    index = json.loads((folder / tensors.INDEX).read_text())
     shard = folder / index["weight_map"].setdefault(name, index["weight_map"][NORM])
     held = safetensors.numpy.load_file(shard)
     if value is None:
@@ -332,7 +332,7 @@ def change(folder, name, value):
     else:
         held[name] = value
     safetensors.numpy.save_file(held, shard)
-    (folder / hf.INDEX).write_text(json.dumps(index))
+    (folder / tensors.INDEX).write_text(json.dumps(index))
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -373,16 +373,16 @@ def test_a_truncated_or_lengthened_shard_is_refused(settings, folder):
 
 
 def test_an_index_and_its_files_must_agree(settings, folder, tmp_path):
-    index, first, last = folder / hf.INDEX, shard_of(folder, NORM), max(folder.glob("*.safetensors"))
+    index, first, last = folder / tensors.INDEX, shard_of(folder, NORM), max(folder.glob("*.safetensors"))
     right, name = json.loads(index.read_text()), NORM
     shutil.copyfile(first, tmp_path / "outside.safetensors")
     for file in ("model-9.safetensors", "../outside.safetensors", str(tmp_path / "outside.safetensors"), "", 3, None):
         index.write_text(json.dumps({"weight_map": right["weight_map"] | {name: file}}))
         refuses(lambda: hf.read_params(folder, settings), index, f"names the file '{file}', which is not in the folder")
     index.write_text(json.dumps({"weight_map": right["weight_map"] | {name: last.name}}))
-    refuses(lambda: hf.read_params(folder, settings), first, f"holds '{name}', which {hf.INDEX} places elsewhere")
+    refuses(lambda: hf.read_params(folder, settings), first, f"holds '{name}', which {tensors.INDEX} places elsewhere")
     index.write_text(json.dumps({"weight_map": without(right["weight_map"], name)}))
-    refuses(lambda: hf.read_params(folder, settings), first, f"holds '{name}', which {hf.INDEX} places elsewhere")
+    refuses(lambda: hf.read_params(folder, settings), first, f"holds '{name}', which {tensors.INDEX} places elsewhere")
     index.write_text(json.dumps({"weight_map": right["weight_map"] | {"ghost": first.name}}))
     refuses(lambda: hf.read_params(folder, settings), index, "tensor 'ghost' is in none of the files")
     for broken in ("[]", "{}", "{", '{"weight_map": [1]}', "[" * 100_000):
@@ -394,7 +394,7 @@ def test_a_tensor_in_two_shards_is_refused(settings, folder):
     source, target = shard_of(folder, NORM), max(folder.glob("*.safetensors"))
     held = safetensors.numpy.load_file(target)
     safetensors.numpy.save_file(held | {NORM: safetensors.numpy.load_file(source)[NORM]}, target)
-    refuses(lambda: hf.read_params(folder, settings), target, f"holds '{NORM}', which {hf.INDEX} places elsewhere")
+    refuses(lambda: hf.read_params(folder, settings), target, f"holds '{NORM}', which {tensors.INDEX} places elsewhere")
 
 
 def test_pickled_weights_are_not_read(settings, bare, tmp_path):

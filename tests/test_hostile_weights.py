@@ -8,7 +8,7 @@ import time
 import pytest
 import toy
 
-from surgery_r1_jax import hf
+from surgery_r1_jax import hf, tensors
 from surgery_r1_jax.errors import InputError
 
 NORM = "model.norm.weight"
@@ -104,8 +104,8 @@ HOSTILE = {
 @pytest.mark.parametrize("lie", HOSTILE)
 def test_a_file_that_lies_is_refused_at_once(source, tmp_path, lie):
     hf.copy_side_files(source, tmp_path)
-    path = tmp_path / hf.SINGLE
-    path.write_bytes(HOSTILE[lie](*split((source / hf.SINGLE).read_bytes())))
+    path = tmp_path / tensors.SINGLE
+    path.write_bytes(HOSTILE[lie](*split((source / tensors.SINGLE).read_bytes())))
     settings = hf.read_config(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     since = time.monotonic()

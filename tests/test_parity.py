@@ -16,7 +16,7 @@ import pytest
 import randomised
 from randomised import IMAGE, PAD, STOP
 
-from surgery_r1_jax import experts, families, grid, hf, model, options, sampling, scoring, vision_qwen3
+from surgery_r1_jax import experts, families, grid, hf, model, options, sampling, scoring, vision_qwen3, weights
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs a CPU build of PyTorch")
 
@@ -125,9 +125,9 @@ def test_every_gradient_leaf_equals_transformers(oracle, family):
     reference_gradients = {}
     for name, parameter in reference.named_parameters():
         gradient = parameter.grad.numpy()
-        reference_gradients[hf._plain(name)] = gradient.swapaxes(1, 2) if ".experts." in name else gradient
+        reference_gradients[weights.plain(name)] = gradient.swapaxes(1, 2) if ".experts." in name else gradient
 
-    ours = {hf._plain(name): value for name, value in hf._file_tensors(gradients, config)}
+    ours = {weights.plain(name): value for name, value in hf._file_tensors(gradients, config)}
     assert set(ours) == set(reference_gradients)
     for name, want in reference_gradients.items():
         scale = np.abs(want).max()

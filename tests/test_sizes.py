@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from randomised import CLASSES
 
-from surgery_r1_jax import families, hf, model
+from surgery_r1_jax import families, model, weights
 
 torch = pytest.importorskip("torch", reason="transformers counts with PyTorch's meta device")
 
@@ -98,7 +98,7 @@ SIZES = {
 
 def part(name):
     """The part that a tensor of transformers belongs to, under our names."""
-    name = hf._plain(name)
+    name = weights.plain(name)
     if name.startswith("visual."):
         return "merger" if "merger" in name else "tower"
     return "decoder"
