@@ -142,9 +142,9 @@ def program(case: Case, batch: FrameBatch):
     if case.program == "sft":
         settings = options.SFT(model="", data=data, schedule=plan)
         tx = optim.transformation(settings.optimizer, 100, params)
-        static, rest = (graph, tx), (batch, None, settings)
+        static, rest = (graph, tx), ({}, batch, None, settings)
         lowered = sft.train_step.lower(*static, optim.start(params, tx), *rest)
-        dynamic = (batch, None)
+        dynamic = ({}, batch, None)
     else:
         settings = options.GRPO(model="", data=data, schedule=plan, sampler=options.Sampler(max_tokens=COMPLETION))
         tx = optim.transformation(settings.optimizer, 100, params)
@@ -153,7 +153,7 @@ def program(case: Case, batch: FrameBatch):
         advantage = np.linspace(-1, 1, count, dtype=np.float32).reshape(shape[:2])
         zeros = np.zeros(shape, np.float32)
         experience = grpo.Experience(batch, np.ones(shape, bool), zeros - 9.8, zeros, advantage)
-        dynamic = (experience, jnp.ones(ARCHITECTURE.text.vocab_size, bool), np.int32(0))
+        dynamic = ({}, experience, jnp.ones(ARCHITECTURE.text.vocab_size, bool), np.int32(0))
         lowered = grpo.update_step.lower(graph, tx, settings, optim.start(params, tx), *dynamic)
     return lowered.compile(), optim.start(params, tx), dynamic
 

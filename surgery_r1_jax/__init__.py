@@ -7,9 +7,9 @@ Reading order; a module imports only modules before it. README.md says of each w
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model
-    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families
+    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
-    files and state          tensors hf fresh optim modelcard checkpoint log
+    files and state          tensors hf peft fresh optim modelcard checkpoint log
     programs                 evaluate run sft grpo
     for people               pictures charts cards report memory doctor ask demo arguments
                              cli

@@ -1,12 +1,13 @@
 """Checkpoints of a run: all that training changes, in Orbax, and the way back onto any mesh.
 
-    OUT/model/            config, tokenizer and preprocessor files of the model that is trained
+    OUT/model/            config, tokenizer and preprocessor files of the model that is trained; base.json with adapters
     OUT/checkpoints/N/    state (parameters, optimiser, counters), data (Grain iterator), meta (JSON)
     OUT/best/N/           parameters of the best step by the dev split
 
 Orbax writes beside the target and renames, so a killed save leaves no step that looks whole.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -15,14 +16,29 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
+from flax.traverse_util import flatten_dict
 
-from surgery_r1_jax import errors, families, hf, model, modelcard, optim, sharding, tensors
+from surgery_r1_jax import (
+    config,
+    errors,
+    families,
+    files,
+    hf,
+    lora,
+    model,
+    modelcard,
+    optim,
+    options,
+    peft,
+    sharding,
+    tensors,
+)
 
 FORMAT = 1
+BASE = "base.json"
 
 
 class Restored(NamedTuple):
@@ -110,6 +126,35 @@ class Best:
         self._manager.close()
 
 
+class Base(config.Config):
+    """What the adapters of a run correct: the file base.json."""
+
+    path: str  # of the model that the run started from
+    digest: str | None  # of its parameters in bfloat16, which tells the same of it however it is kept; None: not known
+    lora: options.Lora
+
+    def save(self, folder: Path) -> None:
+        """Write the file into a folder."""
+        files.write_text(folder / BASE, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def of(cls, folder: Path) -> "Base | None":
+        """That of a run folder; None for one without adapters. Raises InputError for a spoilt file."""
+        path = folder / "model" / BASE
+        try:
+            return cls.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValueError as problem:
+            raise errors.InputError(f"{path}: {errors.one_line(problem)}; restore it") from None
+
+    def check(self, params: dict, folder: Path) -> None:
+        """Raises InputError where these are not the parameters that the adapters in `folder` were trained on."""
+        if self.digest not in (None, now := digest(params, "bfloat16")):
+            raise errors.InputError(
+                f"{folder}: its adapters were trained on another model than {self.path} holds now (digest "
+                f"{self.digest[:12]}, now {now[:12]}); restore that one"
+            )
+
+
 class Loaded(NamedTuple):
     """A model ready to run."""
 
@@ -119,37 +164,47 @@ class Loaded(NamedTuple):
 
 
 def folder_of(path: str | Path) -> Path:
-    """Where config, tokenizer and preprocessor files of a Hugging Face folder or a run folder lie."""
-    inside = Path(path) / "model"
-    return inside if (inside / "config.json").is_file() else Path(path)
+    """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie."""
+    path, inside = Path(path), Path(path) / "model"
+    if (inside / "config.json").is_file():
+        return inside
+    return folder_of(peft.base_of(path)) if peft.holds(path) else path
 
 
 def load_model(
     path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best", dtype: str = "float32"
 ) -> Loaded:
-    """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none)."""
+    """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none).
+
+    Adapters are merged into their base. Raises: InputError, also where the base is no longer what it was.
+    """
     path, folder = Path(path), folder_of(path)
     settings = hf.read_config(folder)
+    if found := adapters_of(path, settings, mesh, which):
+        base, adapters = found
+        params = load_model(base.path, mesh, dtype=dtype).params
+        base.check(params, path)
+        return Loaded(settings, lora.merged(params, adapters, base.lora), folder)
     _, abstract = model.build(settings)
     shardings = None if mesh is None else sharding.of_params(abstract, mesh)
     if folder == path:
         return Loaded(settings, hf.read_params(path, settings, shardings, dtype=dtype), folder)
-    best, last = _steps(path / "best"), _steps(path / "checkpoints")
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, nnx.to_pure_dict(abstract))
-    wanted = jax.tree.map(
-        lambda p, where: jax.ShapeDtypeStruct(p.shape, tensors.DTYPES[dtype], sharding=where),
-        nnx.to_pure_dict(abstract),
-        shardings,
-    )
-    if which == "best" and best:
-        params = _pick(path / "best" / str(best[-1]) / "params", wanted)
-    elif last:
-        params = _pick(path / "checkpoints" / str(last[-1]) / "state", {"params": wanted})["params"]
-    else:
-        raise errors.InputError(f"{path}: a run folder without a checkpoint; let it train until its first save")
-    return Loaded(settings, params, folder)
+    return Loaded(settings, _saved(path, which, _wanted(nnx.to_pure_dict(abstract), shardings, dtype)), folder)
+
+
+def adapters_of(
+    path: str | Path, settings: model.Config, mesh: jax.sharding.Mesh | None = None, which: str = "best"
+) -> tuple[Base, dict] | None:
+    """The adapters in a run folder or in one of peft's, and their base; None where a whole model is."""
+    path, base = Path(path), Base.of(Path(path))
+    if base is not None:
+        _, abstract = lora.build(settings, options.Compute(), base.lora)
+        shardings = None if mesh is None else lora.split(sharding.of_params(abstract, mesh))[0]
+        return base, _saved(path, which, _wanted(lora.split(nnx.to_pure_dict(abstract))[0], shardings, "float32"))
+    if peft.holds(path):
+        adapted, adapters = peft.read(path, settings, mesh)
+        return Base(path=str(peft.base_of(path)), digest=peft.digest_of(path), lora=adapted), adapters
+    return None
 
 
 def export(
@@ -158,14 +213,28 @@ def export(
     *,
     dtype: str = "float32",
     which: str = "best",
+    merge: bool = False,
     max_shard_bytes: int = 2 << 30,
     tell: hf.Tell = hf.untold,
 ) -> Path:
-    """Write a run's parameters (or another folder's) as a Hugging Face folder with a model card."""
-    loaded, out = load_model(source, which=which, dtype=dtype), Path(out)
-    card = modelcard.text(out.name, families.of(loaded.config).title, Path(source))
-    how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card, tell=tell)
-    return hf.write_folder(out, loaded.params, loaded.config, loaded.folder, **how)
+    """Write a run's parameters (or another folder's) as a Hugging Face folder with a model card.
+
+    Adapters become an adapter's folder of peft, or with `merge` a whole model. Raises: InputError where there is
+    nothing to merge.
+    """
+    source, out, folder = Path(source), Path(out), folder_of(source)
+    settings = hf.read_config(folder)
+    card = functools.partial(modelcard.text, out.name, families.of(settings).title, source)
+    found = adapters_of(source, settings, which=which)
+    if merge and not found:
+        raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")
+    if found and not merge:
+        base, adapters = found
+        about = dict(base=base.path, digest=base.digest, dtype=dtype, card=card(adapter=True))
+        return peft.write(out, adapters, base.lora, settings, **about)
+    params = load_model(source, which=which, dtype=dtype).params
+    how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card(), tell=tell)
+    return hf.write_folder(out, params, settings, folder, **how)
 
 
 def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32", tell: hf.Tell = hf.untold) -> Path:
@@ -192,14 +261,24 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     return out
 
 
-def digest(params: dict) -> str:
-    """A hash of parameter values, to tell one reference model from another."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        total.update(json.dumps([str(k) for k in path]).encode())
-        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        total.update(np.ascontiguousarray(jax.device_get(whole)).tobytes())
-    return total.hexdigest()
+def digest(params: dict, dtype: str = "float32") -> str:
+    """A hash of parameter values in a precision, to tell one model from another.
+
+    The same however they are spread: bits are added up on the devices, modulo 2^32.
+    """
+    sums = {".".join(path): [int(n) for n in _sums(leaf, dtype)] for path, leaf in flatten_dict(params).items()}
+    return hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Sum of all values' bits, and of their products with odd numbers that tell their places."""
+    unsigned = {"float32": jnp.uint32, "bfloat16": jnp.uint16}[dtype]
+    bits = jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.CheckpointManager:
@@ -212,6 +291,26 @@ def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.C
 def _gigabytes(tree) -> int:
     """Whole gigabytes that hold the largest array of a tree, which Orbax must be allowed to have at hand."""
     return 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // 10**9
+
+
+def _wanted(abstract: dict, shardings: dict | None, dtype: str) -> dict:
+    """Shapes, dtypes and places to restore to; without shardings all on the first device."""
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    return jax.tree.map(
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, tensors.DTYPES[dtype], sharding=where), abstract, shardings
+    )
+
+
+def _saved(path: Path, which: str, wanted: dict) -> dict:
+    """The best or the last parameters of a run."""
+    best, last = _steps(path / "best"), _steps(path / "checkpoints")
+    if which == "best" and best:
+        return _pick(path / "best" / str(best[-1]) / "params", wanted)
+    if last:
+        return _pick(path / "checkpoints" / str(last[-1]) / "state", {"params": wanted})["params"]
+    raise errors.InputError(f"{path}: a run folder without a checkpoint; let it train until its first save")
 
 
 def _pick(folder: Path, wanted: dict) -> dict:

@@ -142,7 +142,7 @@ def _export(args: argparse.Namespace) -> None:
     start_devices()
     from surgery_r1_jax import checkpoint, log
 
-    how = dict(dtype=args.dtype, which=args.which, max_shard_bytes=args.max_shard_size)
+    how = dict(dtype=args.dtype, which=args.which, merge=args.merge, max_shard_bytes=args.max_shard_size)
     with log.byte_bar("exporting") as tell:
         folder = checkpoint.export(args.checkpoint, args.hf_dir, **how, tell=tell)
     print(f"{args.checkpoint} written to {folder}")
@@ -262,6 +262,7 @@ def commands() -> dict[str, Parser]:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
+    add("--merge", action="store_true", help="add adapters to the weights: a whole model (default: peft's own folder)")
     add("--which", choices=("best", "last"), default="best", help="of the run's parameters (default: %(default)s)")
     add(
         "--max-shard-size",

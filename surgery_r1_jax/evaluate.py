@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
@@ -41,7 +42,7 @@ from surgery_r1_jax.records import Box, Frame, Record
 class Runner(NamedTuple):
     """A model's graph with what is needed to ask it questions."""
 
-    graph: object
+    graph: nnx.GraphDef
     mesh: jax.sharding.Mesh
     encoder: examples.Encoder
     vocabulary: sampling.Vocabulary
@@ -69,11 +70,15 @@ def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
 
 
 def runner_of(
-    folder: Path, settings: model.Config, mesh: jax.sharding.Mesh, compute: options.Compute = options.Compute()
+    folder: Path,
+    settings: model.Config,
+    mesh: jax.sharding.Mesh,
+    compute: options.Compute = options.Compute(),
+    graph: nnx.GraphDef | None = None,
 ) -> Runner:
-    """Everything but the parameters."""
+    """Everything but the parameters; a model with adapters brings its own graph."""
     encoder = encoder_of(folder, settings)
-    graph, _ = model.build(settings, compute)
+    graph = graph or model.build(settings, compute)[0]
     allowed = encoder.chat.allowed(settings.text.vocab_size)
     words = sampling.Vocabulary(
         jax.device_put(allowed, sharding.replicated(mesh)), encoder.chat.stop_id, encoder.chat.pad_id

@@ -22,6 +22,7 @@ from surgery_r1_jax import (
     evaluate,
     grade,
     log,
+    lora,
     model,
     objectives,
     optim,
@@ -119,17 +120,22 @@ def reference_logp(graph, settings: options.GRPO, params, batch, allowed_V):
 lay_out = jax.jit(sampling.branches, static_argnums=2)
 
 
-def update(graph, tx, settings: options.GRPO, state: optim.TrainState, experience: Experience, allowed_V):
-    """One optimiser step on graded frames."""
+def update(graph, tx, settings: options.GRPO, state: optim.TrainState, frozen, experience: Experience, allowed_V):
+    """One optimiser step on graded frames; `frozen` is what else the graph wants, which stays as it is."""
+    noise = lora.noise(state.params, settings.lora, jax.random.fold_in(jax.random.key(settings.seed), state.step))
+    # With dropout the policy that is updated is not quite the one that drew. Where each rollout serves one update,
+    # it is compared with itself, as TRL does.
+    own = bool(settings.lora.dropout) and settings.updates * settings.minibatches == 1
     whole = objectives.totals(
         experience.mask_BJT, max_completion=settings.sampler.max_tokens, parts=settings.accumulate
     )
 
     def part_loss(params, part: Experience):
-        scores = token_scores(graph, settings, optim.freeze(params, settings.optimizer), part.batch, allowed_V)
+        whole_params = model.joined(frozen, noise, optim.freeze(params, settings.optimizer))
+        scores = token_scores(graph, settings, whole_params, part.batch, allowed_V)
         return objectives.policy_loss(
             scores.logp_BL,
-            part.old_logp_BJT,
+            jax.lax.stop_gradient(scores.logp_BL) if own else part.old_logp_BJT,
             part.advantage_BJ,
             part.mask_BJT,
             whole,
@@ -151,13 +157,13 @@ def update(graph, tx, settings: options.GRPO, state: optim.TrainState, experienc
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def update_step(graph, tx, settings: options.GRPO, state, experience: Experience, allowed_V, part):
+def update_step(graph, tx, settings: options.GRPO, state, frozen, experience: Experience, allowed_V, part):
     """One optimiser step on minibatch number `part` of a rollout; the state is given away."""
 
     def cut(x):
         return jax.lax.dynamic_index_in_dim(x.reshape(-1, settings.minibatches, *x.shape[1:]), part, 1, keepdims=False)
 
-    return update(graph, tx, settings, state, jax.tree.map(cut, experience), allowed_V)
+    return update(graph, tx, settings, state, frozen, jax.tree.map(cut, experience), allowed_V)
 
 
 def sample(runner: evaluate.Runner, settings: options.GRPO, params, prompts, gold, key):
@@ -188,24 +194,25 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
 def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
-    setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
+    setup = run.prepare(out, settings, resume=resume)
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
     frames = pipeline.read(settings.data)
     stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
     order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
     data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)
-    dev = run.Dev(out, runner, settings.data, settings.evaluation)
+    dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
-    # The reference is the start, frozen; without a KL term there is none.
-    reference = jax.tree.map(jnp.copy, setup.params) if settings.objective.beta > 0 else None
+    # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
+    reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if settings.objective.beta > 0 else None
     reference_hash = checkpoint.digest(reference) if reference is not None else None
+    reference_graph, _ = model.build(setup.model, settings.compute)
     steps = plan.steps * settings.updates * settings.minibatches
     tx = optim.transformation(settings.optimizer, steps, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup)
+    shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    take_step = run.keep_layout(functools.partial(update_step, runner.graph, tx, settings), shardings)
+    take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), shardings)
     saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
@@ -229,16 +236,17 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
         for step in range(first + 1, plan.steps + 1):
             host_prompts, gold = next(data)
             prompts = sharding.put_batch(host_prompts, runner.mesh)
+            policy = model.joined(setup.frozen, state.params)
             drawn, graded, earned, compared, mask_BJT, stats = sample(
-                runner, settings, state.params, prompts, gold, jax.random.fold_in(key, step)
+                runner, settings, policy, prompts, gold, jax.random.fold_in(key, step)
             )
             batch = lay_out(prompts, drawn, settings.samples)
             ref_logp = jnp.zeros_like(drawn.logp_BJT)
             if reference is not None:
-                ref_logp = reference_logp(runner.graph, settings, reference, batch, allowed_V)
+                ref_logp = reference_logp(reference_graph, settings, reference, batch, allowed_V)
             experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
             for part in list(range(settings.minibatches)) * settings.updates:
-                state, more = take_step(state, experience, allowed_V, np.int32(part))
+                state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
             stats |= more
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from surgery_r1_jax import errors, families, model, tensors, vision, weights
+from surgery_r1_jax import errors, families, files, model, tensors, vision, weights
 from surgery_r1_jax.family import supported
 from surgery_r1_jax.weights import Form, turned
 
@@ -89,27 +90,27 @@ def read_params(
     folder, names = Path(folder), families.of(config).names
     _, abstract = model.build(config)
     params = {}
-    files = tensors.opened(folder, weights.plain)
-    count = _Counter(tell, sum(path.stat().st_size for path in {stored.path for stored in files.values()}))
+    stored = tensors.opened(folder, weights.plain)
+    count = _Counter(tell, sum(path.stat().st_size for path in {each.path for each in stored.values()}))
     for path, variable in nnx.to_flat_state(abstract):
         where, shape = ".".join(path), variable.get_value().shape
         (name, form), here = names[where], None if shardings is None else _at(shardings, path)
 
         def read(name, shape, form=form, where=where):
-            value = _tensor(folder, files, where, name, form, shape, config.vision)
+            value = _tensor(folder, stored, where, name, form, shape, config.vision)
             return count(name, value.astype(tensors.DTYPES[dtype], copy=False))
 
         if "{i}" in name:
             layers = (read(name.format(i=i), shape[1:]) for i in range(shape[0]))
             params[path] = _stacked(layers, shape, tensors.DTYPES[dtype], here)
         else:
-            params[path] = _spread(read(name, shape), here)
+            params[path] = spread(read(name, shape), here)
     if config.tie_word_embeddings:
-        files.pop("lm_head.weight", None)  # some writers store the tied head a second time
-    if left_over := sorted(files):
+        stored.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    if left_over := sorted(stored):
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         raise errors.InputError(f"{folder}: unknown tensors {', '.join(left_over[:3])}{more}; they match no parameter")
-    return _nested(params)
+    return unflatten_dict(params)
 
 
 def write_folder(
@@ -128,27 +129,15 @@ def write_folder(
     `card` is the text of its README.md. Written beside `out` and renamed at the end: `out` is whole or not there.
     Raises: InputError where `out` holds files already.
     """
-    out, source = Path(out), Path(source)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise errors.InputError(f"{out}: already exists and is not an empty folder; give a new one")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with files.new_folder(out) as part:
         total = sum(leaf.size for leaf in jax.tree.leaves(params)) * np.dtype(tensors.DTYPES[dtype]).itemsize
         count = _Counter(tell, total)
         values = (count(name, value) for name, value in _file_tensors(params, config, tensors.DTYPES[dtype]))
         tensors.write(part, _file_layout(params, config), values, dtype, max_shard_bytes)
-        copy_side_files(source, part, dtype=dtype)
+        copy_side_files(Path(source), part, dtype=dtype)
         if card is not None:
             (part / "README.md").write_text(card, "utf-8")
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return out
+    return Path(out)
 
 
 def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> None:
@@ -209,7 +198,7 @@ class _Counter:
 
 def _tensor(
     folder: Path,
-    files: dict[str, tensors.Stored],
+    stored: dict[str, tensors.Stored],
     where: str,
     name: str,
     form: Form,
@@ -217,14 +206,14 @@ def _tensor(
     tower: vision.Config,
 ) -> np.ndarray:
     """A tensor in our form, struck off the list."""
-    stored = files.pop(weights.plain(name), None)
-    if stored is None:
+    found = stored.pop(weights.plain(name), None)
+    if found is None:
         raise errors.InputError(f"{folder}: tensor '{name}' is missing (parameter {where}); copy the checkpoint again")
     wanted = _file_shape(form, shape, tower)
     swapped = (*wanted[:-2], *wanted[:-3:-1])
-    if form.or_swapped and stored.shape == list(swapped) != list(wanted):
-        return form.from_file(tensors.numbers(stored, swapped).swapaxes(-1, -2), shape)
-    return form.from_file(tensors.numbers(stored, wanted), shape)
+    if form.or_swapped and found.shape == list(swapped) != list(wanted):
+        return form.from_file(tensors.numbers(found, swapped).swapaxes(-1, -2), shape)
+    return form.from_file(tensors.numbers(found, wanted), shape)
 
 
 def _stacked(layers: Iterable[np.ndarray], shape: tuple, dtype, sharding: NamedSharding | None) -> jax.Array:
@@ -232,7 +221,7 @@ def _stacked(layers: Iterable[np.ndarray], shape: tuple, dtype, sharding: NamedS
     of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     stack = jnp.zeros(shape, dtype, device=sharding)
     for i, layer in enumerate(layers):
-        stack = _put(stack, _spread(layer, of_layer), i)
+        stack = _put(stack, spread(layer, of_layer), i)
     return stack
 
 
@@ -241,7 +230,7 @@ def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
-def _spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """An array on all devices of all processes, each of which holds the whole value; or on the first device."""
     if sharding is None:
         return jax.device_put(value)
@@ -251,14 +240,4 @@ def _spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Ar
 def _at(tree: dict, path):
     for key in path:
         tree = tree[key]
-    return tree
-
-
-def _nested(flat: dict[tuple, jax.Array]) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        at = tree
-        for key in path[:-1]:
-            at = at.setdefault(key, {})
-        at[path[-1]] = value
     return tree

@@ -31,10 +31,13 @@ class Linear(nnx.Module):
         self.kernel = param(rngs, shape, axes, spread, stack)
         self.bias = param(rngs, shape[inputs:], axes[inputs:], nnx.initializers.zeros, stack) if bias else None
         self.inputs = inputs
+        self.lora = None  # or a module whose output is added: see lora.py
 
     def __call__(self, x):
         """Map [..., in] to [..., out]."""
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.inputs)
+        if self.lora is not None:
+            y += self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

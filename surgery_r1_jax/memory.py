@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import evaluate, grpo, model, optim, options, pipeline, run, sampling, scoring, sft, sharding
+from surgery_r1_jax import grpo, lora, model, optim, options, run, sampling, scoring, sft, sharding
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -69,8 +69,8 @@ class Job(NamedTuple):
 
     @property
     def has_reference(self) -> bool:
-        """Whether a frozen copy of the parameters is kept."""
-        return bool(self.samples) and self.settings.objective.beta > 0
+        """Whether a frozen copy of the parameters is kept; adapters leave the base as it was, which serves."""
+        return bool(self.samples) and self.settings.objective.beta > 0 and not self.settings.lora.rank
 
     @property
     def shape(self) -> Shape:
@@ -105,40 +105,46 @@ def compiled(job: Job) -> Bytes:
 def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
     settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
-    graph, _ = model.build(job.architecture, settings.compute)
-    state, tx = _state(job)
+    graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
+    still, _ = lora.build(job.architecture, settings.compute, settings.lora.model_copy(update=dict(dropout=0.0)))
+    state, frozen, tx = _state(job)
     batch = _spread(job.batch, mesh)
     by_word = lambda dtype: jax.ShapeDtypeStruct((V,), dtype, sharding=sharding.replicated(mesh))  # noqa: E731
     if not job.samples:
-        return sft.train_step.lower(graph, tx, state, batch, by_word(np.int32), settings), None
+        return sft.train_step.lower(graph, tx, state, frozen, batch, by_word(np.int32), settings), None
     B, Q = batch.branch_ids_BJT.shape[:2]
     numbers = _spread((np.zeros(B, np.int32), np.zeros((B, Q), np.int32)), mesh)  # of frames and questions
     key, words = jax.eval_shape(jax.random.key, 0), sampling.Vocabulary(by_word(np.bool_), 0, 0)
-    drawing = grpo.roll_out.lower(graph, settings, state.params, batch, key, numbers, words)
+    policy = model.joined(frozen, state.params)
+    drawing = grpo.roll_out.lower(still, settings, policy, batch, key, numbers, words)
     drawn = _spread(drawing.out_info, mesh)
     laid_out = _spread(jax.eval_shape(lambda b, d: sampling.branches(b, d, settings.samples), batch, drawn), mesh)
     logp_BJT = drawn.logp_BJT
     advantage_BJ = _spread(jax.eval_shape(lambda x_BJT: x_BJT[..., 0], logp_BJT), mesh)
     graded = grpo.Experience(laid_out, drawn.mask_BJT, logp_BJT, logp_BJT, advantage_BJ)
-    return grpo.update_step.lower(graph, tx, settings, state, graded, words.allowed_V, np.int32(0)), drawing
+    return grpo.update_step.lower(graph, tx, settings, state, frozen, graded, words.allowed_V, np.int32(0)), drawing
 
 
 def _lasting(job: Job) -> tuple[int, int, int, int]:
     """Parameters, moments, reference and gradients."""
-    state, _ = _state(job)
+    state, frozen, _ = _state(job)
     size = lambda tree: sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    parameters = size(state.params)
-    return parameters, size(state.opt_state), parameters * job.has_reference, parameters
+    trained = size(state.params)
+    return trained + size(frozen), size(state.opt_state), trained * job.has_reference, trained
 
 
 def _state(job: Job):
-    """The train state as abstract arrays with their shardings, and the optimiser."""
-    _, abstract = model.build(job.architecture)
-    runner = evaluate.Runner(None, job.mesh, None, None, pipeline.Shard())
-    setup = run.Setup(runner, job.params, sharding.of_params(abstract, job.mesh), job.architecture)
-    tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, setup.params)
-    state = jax.eval_shape(lambda params: optim.start(params, tx), setup.params)
-    return run.abstract_state(state, run.state_shardings(state, setup)), tx
+    """The train state and what is frozen as abstract arrays with their shardings, and the optimiser."""
+    adapted = job.settings.lora
+    _, abstract = lora.build(job.architecture, job.settings.compute, adapted)
+    params, frozen = lora.split(nnx.to_pure_dict(abstract))
+    places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
+    tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
+    state = jax.eval_shape(lambda params: optim.start(params, tx), params)
+    kept = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, adapted.base, sharding=where), frozen, frozen_places
+    )
+    return run.abstract_state(state, run.state_shardings(state, places, job.mesh)), kept, tx
 
 
 def _spread(tree, mesh: Mesh):

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from surgery_r1_jax import decoder, layers, options, vision
 from surgery_r1_jax.attention import Queries
@@ -117,6 +118,16 @@ def init(config: Config, seed: int) -> dict:
 def bind(graph: nnx.GraphDef, params: dict) -> QwenVL:
     """The model with these parameters; to be called inside a jitted function."""
     return nnx.merge(graph, nnx.State(params))
+
+
+def joined(*trees: dict) -> dict:
+    """Nested dicts of parameters as one; nothing is copied, and of two leaves of one path the later one stays."""
+    return unflatten_dict({path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()})
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether a parameter has a leading axis of layers."""
+    return "blocks" in path or "deep" in path
 
 
 def part_of(path: tuple) -> str:

@@ -11,20 +11,25 @@ from surgery_r1_jax import __version__
 SHOWN = ("accuracy", "accuracy_no_organ", "macro_f1", "miou", "joint_rate", "illusion_rate", "parse_failure_rate", "n")
 
 
-def text(name: str, title: str, source: Path) -> str:
-    """The card of a model of the family `title`, exported from a run folder or a Hugging Face folder.
+def text(name: str, title: str, source: Path, *, adapter: bool = False) -> str:
+    """The card of a model of the family `title` or of its adapter, exported from a run folder or a Hugging Face folder.
 
     Of paths only the last part is told: what stands before it is nobody's business.
     """
     settings = _read(source / "config.yaml")
     base = Path(str(settings.get("model", source))).name
     front = dict(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         base_model=base,
         tags=["surgical-vqla", "surgery-r1-jax", title.lower()],
     )
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n", f"# {name}\n", f"A {title} model. Base: {base}."]
+    what = "An adapter (LoRA) of a" if adapter else "A"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"{what} {title} model. Base: {base}.",
+    ]
     if settings:
         data = settings["data"]
         kind = "GRPO" if "samples" in settings else "SFT"

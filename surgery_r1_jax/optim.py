@@ -14,6 +14,8 @@ from surgery_r1_jax import model, options
 
 INPUTS = {"o": 2, "proj": 2}  # kernels that contract two axes (heads and head width); all others one
 
+DECAYED = ("kernel", "embed", "head", "a", "b")  # matrices, an adapter's two among them
+
 
 class TrainState(NamedTuple):
     """All that training changes."""
@@ -47,7 +49,7 @@ def transformation(settings: options.Optimizer, steps: int, params: dict) -> opt
     rate = schedule(settings, steps)
     rates = _map(lambda path, _: getattr(settings.rates, model.part_of(path)), params)
     trained = jax.tree.map(lambda share: share > 0, rates)
-    decayed = _map(lambda path, _: path[-1] in ("kernel", "embed", "head"), params)
+    decayed = _map(lambda path, _: path[-1] in DECAYED, params)
     if settings.kind == "muon":
         core = optax.contrib.muon(
             rate,
@@ -107,7 +109,7 @@ def _matrix_axes(path, leaf):
     """Which axes of a layer's kernel make the matrix that muon orthogonalises; None: Adam."""
     if path[-1] != "kernel" or path[-2] == "patch_embed":
         return None
-    first = 1 if "blocks" in path else 0  # stacked layers are a batch of matrices
+    first = int(model.is_stacked(path))  # stacked layers are a batch of matrices
     middle = first + INPUTS.get(path[-2], 1)
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 

@@ -1,8 +1,9 @@
 """Every key of a run's YAML file, with its range and its default: `SFT` and `GRPO` are the two programs.
 
 Knows no JAX, so that a mistyped key is refused before anything heavy is imported. What a section does is told by
-the module that it is handed to: `Data` and `Targets` pipeline.py, `Optimizer` optim.py, `Compute` model.py,
-`Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py, `Objective` objectives.py.
+the module that it is handed to: `Data` and `Targets` pipeline.py, `Optimizer` optim.py, `Lora` lora.py, `Compute`
+model.py, `Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py, `Objective`
+objectives.py.
 """
 
 from collections.abc import Sequence
@@ -71,6 +72,24 @@ class Optimizer(config.Config):
     clip_norm: float = Field(1.0, gt=0)
     adam_share: float = Field(0.2, gt=0, description="with muon: rate of what is no matrix, embeddings included")
     rates: Rates = Rates()
+
+
+class Lora(config.Config):
+    """Adapters of low rank, which are trained in place of the weights themselves."""
+
+    rank: int = Field(0, ge=0, description="numbers between an adapter's two matrices; 0: no adapters")
+    alpha: float = Field(16.0, gt=0, description="what an adapter adds is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs left out while training")
+    rslora: bool = Field(False, description="multiply by alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] = Field(
+        ("decoder",), min_length=1, description="tower, merger, decoder, or modules such as q_proj or visual.*.mlp.*"
+    )
+    base: Literal["float32", "bfloat16"] = Field("float32", description="how the frozen weights are kept")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class Compute(config.Config):
@@ -200,6 +219,7 @@ class SFT(config.Config):
     data: Data
     targets: Targets = Targets()
     optimizer: Optimizer = Optimizer()
+    lora: Lora = Lora()
     compute: Compute = Compute()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
@@ -231,6 +251,7 @@ class GRPO(config.Config):
     reward: Reward = Reward()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer(learning_rate=1e-6)
+    lora: Lora = Lora()
     compute: Compute = Compute()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
@@ -16,6 +18,7 @@ from surgery_r1_jax import (
     evaluate,
     hf,
     log,
+    lora,
     model,
     optim,
     options,
@@ -28,24 +31,43 @@ class Setup(NamedTuple):
     """A model on a mesh, before any training."""
 
     runner: evaluate.Runner
-    params: dict
-    shardings: dict
+    graph: nnx.GraphDef  # as the runner's, but for dropout
+    params: dict  # what is trained
+    frozen: dict  # the rest; empty where all is trained
+    shardings: dict  # of `params`
     model: model.Config
 
 
-def prepare(out: Path, source: str, compute: options.Compute, settings: config.Config, *, resume: bool) -> Setup:
-    """Make the run folder and load the model that training starts from onto the mesh."""
+def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) -> Setup:
+    """Make the run folder and load the model that training starts from onto the mesh.
+
+    Raises: InputError for a run that exists already, and for adapters whose base is no longer what it was.
+    """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
-    mesh = sharding.make_mesh(compute.mesh)
-    loaded = checkpoint.load_model(source, mesh)
+    mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
+    loaded = checkpoint.load_model(settings.model, mesh, dtype=adapted.base if adapted.rank else "float32")
+    graph, abstract = lora.build(loaded.config, compute, adapted)
+    still, _ = lora.build(loaded.config, compute, adapted.model_copy(update=dict(dropout=0.0)))
+    params, frozen, base = loaded.params, {}, None
+    if adapted.rank:
+        base = checkpoint.Base(path=settings.model, digest=checkpoint.digest(loaded.params, "bfloat16"), lora=adapted)
+        shardings, _ = lora.split(sharding.of_params(abstract, mesh))
+        params, frozen = lora.init(loaded.config, adapted, settings.seed, shardings), loaded.params
     side = out / "model"
     if jax.process_index() == 0 and not resume:
         side.mkdir(parents=True, exist_ok=True)
+        if base is not None:
+            base.save(side)
         hf.copy_side_files(loaded.folder, side)
         config.save(settings, out / "config.yaml")
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute)
-    return Setup(runner, loaded.params, jax.tree.map(lambda p: p.sharding, loaded.params), loaded.config)
+    if resume and checkpoint.Base.of(out) != base:
+        raise errors.InputError(
+            f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
+            "restore them, or start a new run"
+        )
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still)
+    return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config)
 
 
 def sum_over_parts(function, batch, parts: int, add=None):
@@ -63,12 +85,10 @@ def sum_over_parts(function, batch, parts: int, add=None):
     return jax.lax.scan(lambda total, part: (add(total, function(part)), None), first, rest)[0]
 
 
-def state_shardings(state: optim.TrainState, setup: Setup) -> optim.TrainState:
+def state_shardings(state: optim.TrainState, shardings: dict, mesh: jax.sharding.Mesh) -> optim.TrainState:
     """Shardings of the whole state: moments live where their parameters do, counters everywhere."""
-    by_path = {
-        tuple(k.key for k in path): where for path, where in jax.tree_util.tree_leaves_with_path(setup.shardings)
-    }
-    everywhere = sharding.replicated(setup.runner.mesh)
+    by_path = flatten_dict(shardings)
+    everywhere = sharding.replicated(mesh)
 
     def place(path, leaf):
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
@@ -134,16 +154,17 @@ def dev_frames(data: options.Data, settings: options.Evaluation) -> tuple[Sequen
 
 
 class Dev:
-    """The dev split of a run: scores parameters on it, logs the scores, and keeps the best."""
+    """The dev split of a run: scores what is trained on it, logs the scores, and keeps the best."""
 
-    def __init__(self, out: Path, runner: evaluate.Runner, data: options.Data, settings: options.Evaluation):
-        self._runner, self._settings = runner, settings
+    def __init__(self, out: Path, setup: Setup, data: options.Data, settings: options.Evaluation):
+        self._runner, self._frozen, self._settings = setup.runner, setup.frozen, settings
         self._frames, self._data = dev_frames(data, settings)
         self._best = checkpoint.Best(out)
 
     def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
         """Greedy answers to all its questions, scored."""
-        predictions = evaluate.predict(self._runner, params, self._frames, self._data, self._settings.max_tokens)
+        whole = model.joined(self._frozen, params)
+        predictions = evaluate.predict(self._runner, whole, self._frames, self._data, self._settings.max_tokens)
         scores = evaluate.score(predictions)
         journal.metrics(step, flat(scores), split=self._settings.split)
         if scores["joint_rate"] > self._best.rate:

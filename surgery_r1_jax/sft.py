@@ -14,6 +14,7 @@ from surgery_r1_jax import (
     checkpoint,
     errors,
     log,
+    lora,
     model,
     optim,
     options,
@@ -24,15 +25,16 @@ from surgery_r1_jax import (
 )
 
 
-def loss_and_gradients(graph, params, batch, number_V, settings: options.SFT):
+def loss_and_gradients(graph, params, frozen, batch, number_V, settings: options.SFT):
     """Mean loss over the answer tokens of a batch, its gradients and token accuracy, part by part.
 
-    Every part's sums are divided by the whole batch's weight, so the split changes nothing but rounding.
+    `frozen` is what else the graph wants; it gets no gradients. Every part's sums are divided by the whole batch's
+    weight, so the split changes nothing but rounding.
     """
     weight = jnp.maximum(batch.score_weight_BL.sum(), 1.0)
 
     def part_loss(params, part):
-        net = model.bind(graph, optim.freeze(params, settings.optimizer))
+        net = model.bind(graph, model.joined(frozen, optim.freeze(params, settings.optimizer)))
         sums = scoring.cross_entropy(
             net.scored(part),
             net.unembed_VD,
@@ -49,10 +51,12 @@ def loss_and_gradients(graph, params, batch, number_V, settings: options.SFT):
     return loss, gradients, {"loss": loss, "mean_token_accuracy": correct / tokens, "num_tokens": tokens}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
-def train_step(graph, tx, state, batch, number_V, settings: options.SFT):
+@functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
+def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT):
     """One update; the state is given away."""
-    loss, gradients, stats = loss_and_gradients(graph, state.params, batch, number_V, settings)
+    noise = lora.noise(state.params, settings.lora, jax.random.fold_in(jax.random.key(settings.seed), state.step))
+    frozen = model.joined(frozen, noise)
+    loss, gradients, stats = loss_and_gradients(graph, state.params, frozen, batch, number_V, settings)
     state, more = optim.update(state, loss, gradients, tx)
     return state, stats | more
 
@@ -60,7 +64,7 @@ def train_step(graph, tx, state, batch, number_V, settings: options.SFT):
 def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
-    setup = run.prepare(out, settings.model, settings.compute, settings, resume=resume)
+    setup = run.prepare(out, settings, resume=resume)
     runner = setup.runner
 
     frames = pipeline.read(settings.data)
@@ -69,16 +73,16 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     )
     order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
     data, data_hash = iter(stream), pipeline.fingerprint(frames, *order, settings.targets)
-    dev = run.Dev(out, runner, settings.data, settings.evaluation)
+    dev = run.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
     )
 
     tx = optim.transformation(settings.optimizer, plan.steps, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup)
+    shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    take_step = run.keep_layout(functools.partial(train_step, runner.graph, tx, settings=settings), shardings)
+    take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), shardings)
     saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings), data)
@@ -99,7 +103,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
         late = None  # statistics are read one step late, so that the device never waits for the log
         for step in range(first + 1, plan.steps + 1):
             batch = sharding.put_batch(next(data), runner.mesh)
-            state, stats = take_step(state, batch, number_V)
+            state, stats = take_step(state, setup.frozen, batch, number_V)
             if late:
                 run.check_sound(step - 1, late, plan)
             if step % plan.log_every == 0 or step == plan.steps:

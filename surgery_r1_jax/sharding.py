@@ -38,6 +38,7 @@ RULES: dict[str, str | None] = {
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
     "merged": "tensor",
+    "rank": None,
 }
 
 

@@ -86,6 +86,12 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
     return header, 8 + size
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a sound safetensors file says of itself."""
+    with safetensors.safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 def numbers(stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of the files. Raises: InputError for another shape or type, and for NaN and infinity."""
     if stored.shape != list(shape):
@@ -109,15 +115,19 @@ def write(
     dtype: str,
     max_shard_bytes: int | None = None,
     single: str = SINGLE,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """One file, or shards with an index; tensor by tensor, so that nothing but the one at hand is held."""
+    """One file, or shards with an index; tensor by tensor, so that nothing but the one at hand is held.
+
+    `metadata` joins the header of every file.
+    """
     size_of = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in layout}
     most = max_shard_bytes or sum(size_of.values())
     shards, values = list(_shards(size_of, most)), iter(values)
     shapes, weight_map = dict(layout), {}
     for number, names in enumerate(shards, start=1):
         file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
         for name in names:
             start, end = end, end + size_of[name]
             header[name] = dict(dtype=FILE_TYPES[dtype], shape=shapes[name], data_offsets=[start, end])

@@ -43,6 +43,14 @@ def plain(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
+def spelled(name: str) -> str:
+    """A tensor's name as transformers has it since 4.52, whichever way it is written."""
+    name = plain(name)
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1)
+
+
 SAME = Form(lambda ours, _: ours, lambda file, shape: file)
 FLAT = Form(lambda ours, _: ours.reshape(-1), lambda file, shape: file.reshape(shape))
 PATCH = Form(  # a 3-D convolution whose kernel covers exactly one patch

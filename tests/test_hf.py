@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 import toy
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tensors, tiny
 from surgery_r1_jax.errors import InputError
@@ -24,7 +25,7 @@ def drawn(settings, seed=0):
     """Parameters with no two numbers alike, without compiling anything."""
     random = np.random.default_rng(seed)
     flat = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(model.build(settings)[1])}
-    return hf._nested({path: random.normal(size=shape).astype(np.float32) for path, shape in flat.items()})
+    return unflatten_dict({path: random.normal(size=shape).astype(np.float32) for path, shape in flat.items()})
 
 
 def tensors_of(folder):

@@ -95,7 +95,7 @@ class Bandit:
             drawn.mask_BJT, compared.scorable_BJ, valid_BJ & ~drawn.stopped_BJ, self.settings.objective
         )
         experience = grpo.Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
-        state, stats = grpo.update_step(self.graph, self.tx, self.settings, state, experience, ALLOWED, np.int32(0))
+        state, stats = grpo.update_step(self.graph, self.tx, self.settings, state, {}, experience, ALLOWED, np.int32(0))
         return state, float(compared.stats["reward"]), stats
 
 

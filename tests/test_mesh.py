@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from randomised import PAD, STOP
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import errors, evaluate, grpo, model, optim, options, pipeline, run, sampling, sft, sharding
+from surgery_r1_jax import errors, grpo, model, optim, options, run, sampling, sft, sharding
 
 SAMPLES, TOKENS = 2, 6
 NOTHING = jnp.zeros(randomised.VOCABULARY, jnp.int32) - 1  # no id is a number
@@ -65,10 +65,8 @@ def started(config, meshes, placed):
 
     def start(devices, tx=KEEP):
         mesh, params = meshes[devices], placed[devices]
-        runner = evaluate.Runner(graph, mesh, None, None, pipeline.Shard())
-        setup = run.Setup(runner, params, sharding.of_params(abstract, mesh), config)
         shapes = jax.eval_shape(lambda p: optim.start(p, tx), params)
-        shardings = run.state_shardings(shapes, setup)
+        shardings = run.state_shardings(shapes, sharding.of_params(abstract, mesh), mesh)
         return jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(params), shardings
 
     return start
@@ -84,7 +82,7 @@ def sft_on(config, batch, meshes, started):
         state, shardings = started(devices)
         step = run.keep_layout(functools.partial(sft.train_step, graph, KEEP, settings=settings), shardings)
         for _ in range(2):
-            state, stats = step(state, sharding.put_batch(batch, meshes[devices]), NOTHING)
+            state, stats = step(state, {}, sharding.put_batch(batch, meshes[devices]), NOTHING)
         assert step._cache_size() == 1, "the second step was compiled anew"
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
         return stats["loss"], state.opt_state, stats
@@ -156,7 +154,7 @@ def grpo_on(config, rollout_on, meshes, started, settings):
     def compute(devices, accumulate):
         state, shardings = started(devices)
         step = run.keep_layout(functools.partial(grpo.update, graph, KEEP, settings(accumulate)), shardings)
-        state, stats = step(state, sharding.put_batch(experience, meshes[devices]), ALLOWED)
+        state, stats = step(state, {}, sharding.put_batch(experience, meshes[devices]), ALLOWED)
         return state.opt_state, stats
 
     return compute

@@ -168,7 +168,7 @@ def test_steps_compile_once_and_a_bad_batch_is_as_if_it_had_never_been(training,
     def run_all(state, batches):
         states, stats = [], []
         for batch in batches:
-            state, found = sft.train_step(graph, tx, state, batch, number_V, settings)
+            state, found = sft.train_step(graph, tx, state, {}, batch, number_V, settings)
             states.append(jax.tree.map(np.asarray, state))
             stats.append(jax.tree.map(np.asarray, found))
         return states, stats

@@ -231,10 +231,10 @@ def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_step
 def begin(place, folder, mesh):
     """The target of a restore, a state and a data iterator, as `sft.train` makes them."""
     settings = sft_settings(place, compute=options.Compute(mesh=mesh))
-    setup = run.prepare(folder, settings.model, settings.compute, settings, resume=False)
+    setup = run.prepare(folder, settings, resume=False)
     tx = optim.transformation(settings.optimizer, STEPS, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup)
+    shardings = run.state_shardings(abstract, setup.shardings, setup.runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     frames = pipeline.read(settings.data)
     data, _ = pipeline.training(frames, setup.runner.encoder, settings.data, settings.targets, seed=0)
