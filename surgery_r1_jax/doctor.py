@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     families,
     hf,
     labels,
+    lora,
     memory,
     model,
     options,
@@ -37,6 +38,7 @@ from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.records import Frame
 
 SMALL = 50_000_000  # parameters up to which the step is compiled to know its memory
+RANK = 64  # of the adapters that a folder is described with: VLM-R1's
 CLOSE = 0.99  # mean IoU of true boxes with themselves, written and read back
 
 
@@ -104,10 +106,12 @@ def describe(path: str | Path) -> int:
     rows, tokens = architecture.text.vocab_size, encoder.chat.vocab_size
     _section("vocabulary", f"{rows:,} rows, {tokens:,} tokens, {rows - tokens:,} rows of padding, never drawn", [])
     devices, each = jax.device_count(), sizes.total() * 4
+    adapters = sum(_part_sizes(architecture, options.Lora(rank=RANK)).values()) - sizes.total()
     needs = [
         ("weights", each, "float32"),
         ("SFT", 4 * each, "with gradients and two moments"),
         ("GRPO", 5 * each, "and a reference, where there is a KL term"),
+        ("LoRA", each // 2 + 16 * adapters, f"either, weights in bfloat16, adapters of rank {RANK} in the decoder"),
     ]
     about = f"of a device, {devices} along fsdp, without activations; --config tells those of a run"
     _section("memory", about, [(name, f"{_gib(size // devices):>10} {what}") for name, size, what in needs])
@@ -217,22 +221,26 @@ def _require(folder: Path, root: Path) -> None:
         raise errors.InputError("\n".join(map(labels.printable, lines)))
 
 
-def _part_sizes(architecture: model.Config) -> Counter:
-    """Numbers of parameters by part."""
+def _part_sizes(architecture: model.Config, adapted: options.Lora = options.Lora()) -> Counter:
+    """Numbers of parameters by part, with adapters where there are any."""
     sizes: Counter = Counter()
-    for path, variable in nnx.to_flat_state(model.build(architecture)[1]):
+    for path, variable in nnx.to_flat_state(lora.build(architecture, options.Compute(), adapted)[1]):
         sizes[model.part_of(path)] += math.prod(variable.get_value().shape)
     return sizes
 
 
 def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
     """Parameters of each part and the rate it learns with."""
-    sizes = _part_sizes(architecture)
-    rates = settings.optimizer.rates
+    sizes, rates = _part_sizes(architecture), settings.optimizer.rates
+    trained = _part_sizes(architecture, settings.lora) - sizes if settings.lora.rank else sizes
+    full = settings.optimizer.learning_rate
     rows = [
-        (part, f"{sizes[part]:>14,} parameters, rate {getattr(rates, part) * settings.optimizer.learning_rate:g}")
+        (part, f"{sizes[part]:>14,} parameters, rate {getattr(rates, part) * full * bool(trained[part]):g}")
         for part in model.PARTS
     ]
+    if settings.lora.rank:
+        about = f"{trained.total():>14,} parameters of rank {settings.lora.rank}, the rest in {settings.lora.base}"
+        rows.append(("adapters", about))
     return [*rows, ("all", f"{sizes.total():>14,} parameters, computed in {settings.compute.dtype}")]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pydantic
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -167,6 +166,8 @@ def _settings(folder: Path, given: dict, targets: tuple[str, ...]) -> options.Lo
     if not targets:
         raise errors.InputError(f"{folder / WEIGHTS}: adapts no linear layer of its base; it is for another base model")
     try:
+        if not given["r"]:
+            raise ValueError("r is 0")
         return options.Lora(
             rank=given["r"],
             alpha=given["lora_alpha"],
@@ -174,7 +175,7 @@ def _settings(folder: Path, given: dict, targets: tuple[str, ...]) -> options.Lo
             rslora=bool(given.get("use_rslora")),
             targets=targets,
         )
-    except (KeyError, pydantic.ValidationError) as problem:
+    except (KeyError, ValueError) as problem:
         why = errors.one_line(problem)
         raise errors.InputError(f"{folder / CONFIG}: r, lora_alpha or lora_dropout is amiss ({why})") from None
 
