@@ -33,8 +33,22 @@ def line_of(text, path):
 
 def test_there_are_configurations_for_every_size_and_program():
     assert {path.stem for path in FILES} >= {
-        f"{kind}_{size}" for kind in ("sft", "grpo") for size in ("3b", "7b", "tiny")
+        f"{kind}_{size}" for kind in ("sft", "grpo") for size in ("3b", "7b", "tiny", "3b_lora")
     }
+
+
+def test_the_presets_of_adapters_have_the_figures_of_their_sources():
+    """VLM-R1's LoRA script, and S2Can, a medical model."""
+    home = Path(__file__).resolve().parents[1] / "configs"
+    for name, *figures in (
+        ("sft_3b_lora", 64, 128, 0.05, 1e-4),
+        ("grpo_3b_lora", 64, 128, 0.05, 1e-5),
+        ("sft_3b_lora_small", 8, 32, 0.1, 2e-5),
+    ):
+        settings = options.load(home / f"{name}.yaml")
+        lora = settings.lora
+        assert [lora.rank, lora.alpha, lora.dropout, settings.optimizer.learning_rate] == figures
+        assert lora.targets == ("decoder",) and not lora.rslora
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
