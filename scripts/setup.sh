@@ -34,9 +34,11 @@ if [ "$mode" = parity ]; then
   torch="torch>=2.13,<2.14"
   # Only a CPU build: the plain Linux wheel would bring gigabytes of CUDA packages along.
   plan="$(uv install --dry-run "$torch" 2>&1)" && grep -q nvidia <<<"$plan" && plan=cuda
-  if [ "$plan" != cuda ]; then
-    uv install --quiet "$torch"
-  elif ! uv install --quiet --torch-backend cpu "$torch" 2>/dev/null; then
+  cpu=""
+  [ "$plan" = cuda ] && cpu="--torch-backend cpu"
+  if uv install --quiet $cpu "$torch" 2>/dev/null; then
+    uv install --quiet --constraint requirements.txt "peft>=0.21,<0.22"
+  else
     echo "no CPU build of PyTorch for this Python: the parity tests will be skipped" >&2
   fi
 fi
