@@ -24,9 +24,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors
-from flax import nnx
 
-from surgery_r1_jax import hf, model, tensors, tiny
+from surgery_r1_jax import hf, tensors, tiny
 
 GIB = 2**30
 ROPE = dict(rope_type="default", rope_theta=1e6)
@@ -66,7 +65,7 @@ def write_random(folder: Path, shape: str) -> None:
     )
     settings = hf.read_config(folder)
     rng = np.random.default_rng(0)
-    layout = hf._file_layout(nnx.to_pure_dict(model.build(settings)[1]), settings)
+    layout = hf.file_layout(settings)
     values = (rng.standard_normal(size, np.float32).astype(ml_dtypes.bfloat16) for _, size in layout)
     tensors.write(folder, layout, values, "bfloat16", 2 * GIB)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from surgery_r1_jax import (
     config,
@@ -232,9 +232,9 @@ def export(
         base, adapters = found
         about = dict(base=base.path, digest=base.digest, dtype=dtype, card=card(adapter=True))
         return peft.write(out, adapters, base.lora, settings, **about)
-    params = load_model(source, which=which, dtype=dtype).params
+    take = _taker(source, settings, which, dtype)
     how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card(), tell=tell)
-    return hf.write_folder(out, params, settings, folder, **how)
+    return hf.write_parameters(out, take, settings, folder, **how)
 
 
 def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32", tell: hf.Tell = hf.untold) -> Path:
@@ -301,6 +301,19 @@ def _wanted(abstract: dict, shardings: dict | None, dtype: str) -> dict:
     return jax.tree.map(
         lambda p, where: jax.ShapeDtypeStruct(p.shape, tensors.DTYPES[dtype], sharding=where), abstract, shardings
     )
+
+
+def _taker(source: Path, settings: model.Config, which: str, dtype: str) -> hf.Take:
+    """What gives a model's parameters by their paths; out of a run one by one, so that they never lie there all."""
+    if folder_of(source) == source or Base.of(source) or peft.holds(source):
+        return functools.partial(hf.at, load_model(source, which=which, dtype=dtype).params)
+    abstract = nnx.to_pure_dict(model.build(settings)[1])
+
+    def take(where):
+        wanted = unflatten_dict({tuple(where): hf.at(abstract, where)})
+        return hf.at(_saved(source, which, _wanted(wanted, None, dtype)), where)
+
+    return take
 
 
 def _saved(path: Path, which: str, wanted: dict) -> dict:

@@ -7,6 +7,7 @@ remote code.
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ def read_config(folder: Path) -> model.Config:
         raise errors.InputError(f"{path}: {errors.one_line(problem)}") from None
 
 
+Take = Callable[[list[str]], jax.Array]  # gives a parameter by its path
 Tell = Callable[[str, int, int], None]  # is told of a tensor, and how many bytes of how many are done
 
 
@@ -94,7 +96,7 @@ def read_params(
     count = _Counter(tell, sum(path.stat().st_size for path in {each.path for each in stored.values()}))
     for path, variable in nnx.to_flat_state(abstract):
         where, shape = ".".join(path), variable.get_value().shape
-        (name, form), here = names[where], None if shardings is None else _at(shardings, path)
+        (name, form), here = names[where], None if shardings is None else at(shardings, path)
 
         def read(name, shape, form=form, where=where):
             value = _tensor(folder, stored, where, name, form, shape, config.vision)
@@ -113,9 +115,14 @@ def read_params(
     return unflatten_dict(params)
 
 
-def write_folder(
+def write_folder(out: Path, params: dict, config: model.Config, source: Path, **how) -> Path:
+    """`write_parameters` out of a tree of arrays."""
+    return write_parameters(out, functools.partial(at, params), config, source, **how)
+
+
+def write_parameters(
     out: Path,
-    params: dict,
+    take: Take,
     config: model.Config,
     source: Path,
     *,
@@ -124,16 +131,17 @@ def write_folder(
     card: str | None = None,
     tell: Tell = untold,
 ) -> Path:
-    """Write a folder that transformers loads: weights from `params`, everything else copied from `source`.
+    """Write a folder that transformers loads: weights as `take` gives them, everything else copied from `source`.
 
     `card` is the text of its README.md. Written beside `out` and renamed at the end: `out` is whole or not there.
     Raises: InputError where `out` holds files already.
     """
     with files.new_folder(out) as part:
-        total = sum(leaf.size for leaf in jax.tree.leaves(params)) * np.dtype(tensors.DTYPES[dtype]).itemsize
+        layout = file_layout(config)
+        total = sum(math.prod(shape) for _, shape in layout) * np.dtype(tensors.DTYPES[dtype]).itemsize
         count = _Counter(tell, total)
-        values = (count(name, value) for name, value in _file_tensors(params, config, tensors.DTYPES[dtype]))
-        tensors.write(part, _file_layout(params, config), values, dtype, max_shard_bytes)
+        values = (count(name, value) for name, value in file_tensors(take, config, tensors.DTYPES[dtype]))
+        tensors.write(part, layout, values, dtype, max_shard_bytes)
         copy_side_files(Path(source), part, dtype=dtype)
         if card is not None:
             (part / "README.md").write_text(card, "utf-8")
@@ -151,21 +159,21 @@ def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> Non
         (out / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", "utf-8")
 
 
-def _file_layout(params: dict, config: model.Config) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the files' tensors, in the order of `_file_tensors`."""
-    found = []
+def file_layout(config: model.Config) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the files' tensors, in the order of `file_tensors`."""
+    found, params = [], nnx.to_pure_dict(model.build(config)[1])
     for where, name, form in _rows(config):
-        shape = _at(params, where).shape
+        shape = at(params, where).shape
         layers = [name.format(i=i) for i in range(shape[0])] if "{i}" in name else [name]
         in_file = _file_shape(form, shape[1:] if "{i}" in name else shape, config.vision)
         found += [(layer, in_file) for layer in layers]
     return found
 
 
-def _file_tensors(params: dict, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
+def file_tensors(take: Take, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of the files, one after the other; of a stack the host holds a layer."""
     for where, name, form in _rows(config):
-        value = _at(params, where)
+        value = take(where)
         layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
         for file_name, layer in layers:
             in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision).astype(dtype, copy=False)
@@ -237,7 +245,8 @@ def spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
-def _at(tree: dict, path):
+def at(tree: dict, path):
+    """What stands in a nested dict under a path of names."""
     for key in path:
         tree = tree[key]
     return tree

@@ -182,7 +182,7 @@ def test_reading_holds_one_tensor_at_a_time_beside_the_devices(tmp_path, monkeyp
     assert stack > 8 * largest
     hf.read_params(out, settings)  # whatever is compiled or cached once
     # As if everything had gone to a device.
-    monkeypatch.setattr(hf, "_spread", lambda value, where: None)
+    monkeypatch.setattr(hf, "spread", lambda value, where: None)
     monkeypatch.setattr(hf, "_stacked", lambda layers, *_: [None for _ in layers] and None)
     tracemalloc.start()
     hf.read_params(out, settings)
