@@ -146,6 +146,12 @@ class Base(config.Config):
         except ValueError as problem:
             raise errors.InputError(f"{path}: {errors.one_line(problem)}; restore it") from None
 
+    @staticmethod
+    def same(one: "Base | None", other: "Base | None") -> bool:
+        """Whether two runs have the same base and the same settings, wherever the base lies."""
+        about = lambda base: base and (base.digest, base.lora)  # noqa: E731
+        return about(one) == about(other)
+
     def check(self, params: dict, folder: Path) -> None:
         """Raises InputError where these are not the parameters that the adapters in `folder` were trained on."""
         if self.digest not in (None, now := digest(params, "bfloat16")):

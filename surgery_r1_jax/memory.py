@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import grpo, lora, model, optim, options, run, sampling, scoring, sft, sharding
+from surgery_r1_jax import grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -141,9 +141,13 @@ def _state(job: Job):
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
     state = jax.eval_shape(lambda params: optim.start(params, tx), params)
+    four_bits = adapted.base in packed.KINDS
+    dtype = "bfloat16" if four_bits else adapted.base
     kept = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, adapted.base, sharding=where), frozen, frozen_places
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), frozen, frozen_places
     )
+    if four_bits and frozen:
+        kept = packed.abstract(kept, job.architecture, adapted.base)
     return run.abstract_state(state, run.state_shardings(state, places, job.mesh)), kept, tx
 
 
@@ -154,7 +158,8 @@ def _spread(tree, mesh: Mesh):
 
 
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    bits = 4 if leaf.dtype in (jax.numpy.int4, jax.numpy.uint4) else 8 * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
 
 
 def _peak(lowered: jax.stages.Lowered) -> int:

@@ -84,7 +84,10 @@ class Lora(config.Config):
     targets: tuple[str, ...] = Field(
         ("decoder",), min_length=1, description="tower, merger, decoder, or modules such as q_proj or visual.*.mlp.*"
     )
-    base: Literal["float32", "bfloat16"] = Field("float32", description="how the frozen weights are kept")
+    base: Literal["float32", "bfloat16", "int4", "nf4"] = Field(
+        "float32",
+        description="how frozen weights are kept; int4 and nf4 (QLoRA): the matrices of the decoder, by qwix",
+    )
 
     @property
     def scale(self) -> float:

@@ -22,6 +22,7 @@ from surgery_r1_jax import (
     model,
     optim,
     options,
+    packed,
     pipeline,
     sharding,
 )
@@ -46,7 +47,9 @@ def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) ->
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
-    loaded = checkpoint.load_model(settings.model, mesh, dtype=adapted.base if adapted.rank else "float32")
+    four_bits = adapted.rank > 0 and adapted.base in packed.KINDS
+    kept = "bfloat16" if four_bits else adapted.base if adapted.rank else "float32"
+    loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
     graph, abstract = lora.build(loaded.config, compute, adapted)
     still, _ = lora.build(loaded.config, compute, adapted.model_copy(update=dict(dropout=0.0)))
     params, frozen, base = loaded.params, {}, None
@@ -54,6 +57,8 @@ def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) ->
         base = checkpoint.Base(path=settings.model, digest=checkpoint.digest(loaded.params, "bfloat16"), lora=adapted)
         shardings, _ = lora.split(sharding.of_params(abstract, mesh))
         params, frozen = lora.init(loaded.config, adapted, settings.seed, shardings), loaded.params
+        if four_bits:
+            frozen = packed.pack(frozen, loaded.config, adapted.base)
     side = out / "model"
     if jax.process_index() == 0 and not resume:
         side.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,7 @@ def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) ->
             base.save(side)
         hf.copy_side_files(loaded.folder, side)
         config.save(settings, out / "config.yaml")
-    if resume and checkpoint.Base.of(out) != base:
+    if resume and not checkpoint.Base.same(checkpoint.Base.of(out), base):
         raise errors.InputError(
             f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
             "restore them, or start a new run"

@@ -269,6 +269,28 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
     assert memory.estimated(job_of(toys, options.GRPO, objective={"beta": 0.0})).reference == 0
 
 
+def test_adapters_leave_gradients_moments_and_reference_to_themselves(toys):
+    whole = memory.estimated(job_of(toys, options.GRPO, samples=2, objective={"beta": 0.04}))
+    adapted = {
+        base: memory.estimated(
+            job_of(toys, options.GRPO, samples=2, objective={"beta": 0.04}, lora=options.Lora(rank=2, base=base))
+        )
+        for base in ("float32", "bfloat16", "nf4")
+    }
+    for found in adapted.values():
+        assert found.reference == 0 and found.gradients < 0.2 * whole.gradients
+        assert found.moments == pytest.approx(2 * found.gradients, rel=0.01)
+    held = {base: found.parameters - found.gradients for base, found in adapted.items()}
+    assert held["float32"] == whole.parameters == 2 * held["bfloat16"] and held["nf4"] < held["bfloat16"]
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_the_programs_of_a_run_of_adapters_are_lowered_too(toys, base):
+    adapters = options.Lora(rank=2, base=base, dropout=0.1)
+    step, drawing = memory.lowered(job_of(toys, options.GRPO, samples=2, lora=adapters))
+    assert "sharding" in step.as_text() and "sharding" in drawing.as_text()
+
+
 def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):
     told = memory.Bytes(1 << 20, 0, 0, 0, 5 << 30, 0, "compiled")
     monkeypatch.setattr(memory, "compiled", lambda job: told)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from surgery_r1_jax import (
     lora,
     model,
     options,
+    packed,
     peft,
     run,
     sft,
@@ -391,3 +393,32 @@ def test_what_peft_can_do_beyond_is_refused_by_name(trained, tmp_path, changes, 
     with pytest.raises(errors.InputError, match=says) as caught:
         checkpoint.load_model(tmp_path / "adapter")
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", packed.KINDS)
+def test_a_base_in_four_bits_is_small_and_its_adapters_learn(place, tmp_path, kind):
+    pytest.importorskip("qwix", reason="a base in four bits is packed by qwix")
+    plan = options.Schedule(steps=20, save_every=20, log_every=1)
+    lora_settings = options.Lora(rank=4, alpha=32, base=kind)
+    settings = settings_of(options.SFT, place, lora=lora_settings, schedule=plan)
+    setup = run.prepare(tmp_path / "look", settings, resume=False)
+    kernel, base = (
+        setup.frozen["decoder"]["blocks"]["mlp"]["up"]["kernel"],
+        hf.read_params(place / "start", setup.model),
+    )
+    true = base["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    off = np.linalg.norm(kernel.astype(jnp.float32) - true) / np.linalg.norm(true)
+    assert 0.05 < off < 0.15, "as much as sixteen levels for a block of normal numbers lose"
+    held = jax.jit(lambda kernel: kernel.astype(jnp.float32)).lower(kernel).compile().memory_analysis()
+    assert held.argument_size_in_bytes < 0.32 * 2 * true.size, "of what bfloat16 takes, blocks being half as long here"
+    assert isinstance(setup.frozen["tower"]["merger"]["up"]["kernel"], jax.Array)
+    sft.train(settings, tmp_path / "run")
+    losses = [row["loss"] for row in log.read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert checkpoint.load_model(tmp_path / "run").params
+
+
+def test_without_qwix_a_base_in_four_bits_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(errors.InputError, match="need qwix; pip install qwix, or take bfloat16"):
+        run.prepare(tmp_path, settings_of(options.SFT, place, lora=options.Lora(rank=2, base="nf4")), resume=False)
