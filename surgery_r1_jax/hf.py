@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -171,13 +172,25 @@ def file_layout(config: model.Config) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def file_tensors(take: Take, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the files, one after the other; of a stack the host holds a layer."""
-    for where, name, form in _rows(config):
-        value = take(where)
-        layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
-        for file_name, layer in layers:
-            in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision).astype(dtype, copy=False)
-            yield file_name, turned(in_file.T) if in_file.ndim == 2 else np.ascontiguousarray(in_file)
+    """The tensors of the files, one after the other; of a stack on a device the host holds a layer.
+
+    A parameter is taken while the one before it is being turned and written.
+    """
+    rows = list(_rows(config))
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(take, rows[0][0])
+        for (_, name, form), after in zip(rows, [*rows[1:], None], strict=True):
+            value = coming.result()
+            coming = after and ahead.submit(take, after[0])
+            yield from _file_layers(value, name, form, config, dtype)
+
+
+def _file_layers(value, name: str, form: Form, config: model.Config, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """A parameter as tensors of the files."""
+    layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
+    for file_name, layer in layers:
+        in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision).astype(dtype, copy=False)
+        yield file_name, turned(in_file.T) if in_file.ndim == 2 else np.ascontiguousarray(in_file)
 
 
 def _rows(config: model.Config) -> Iterator[tuple[list[str], str, Form]]:
