@@ -1,5 +1,6 @@
 """Adapters: the same as peft's, nought at the start, alone trained, and the base beside them held once."""
 
+import gc
 import json
 import shutil
 import sys
@@ -174,11 +175,11 @@ def frame_of(config):
     return randomised.frame(3, grids=((4, 6), (6, 8)), lengths=(7,), patch=config.vision.patch_size)
 
 
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-def test_peft_reads_our_adapters_and_computes_the_same(family, tmp_path, rslora):
+def test_peft_reads_our_adapters_and_computes_the_same(family, tmp_path):
     from peft import PeftModel
 
     folder, reference, config = family
+    rslora = config.family in ("qwen2_vl", "qwen3_vl")  # the others by alpha / rank
     settings = options.Lora(rank=4, alpha=6, dropout=0.1, rslora=rslora, targets=ALL)
     adapters = drawn(config, settings)
     peft.write(tmp_path / "adapter", adapters, settings, config, base=str(folder), digest="0" * 64)
@@ -306,7 +307,8 @@ def test_an_adapter_is_exported_both_ways_and_read_back(place, trained, tmp_path
 @pytest.mark.parametrize("program", [options.SFT, options.GRPO], ids=["sft", "grpo"])
 def test_a_stopped_run_of_adapters_goes_on_bit_for_bit(place, tmp_path, uneven_rewards, program):
     train = sft.train if program is options.SFT else grpo.train
-    settings = settings_of(program, place)
+    adapters = options.Lora(rank=4, alpha=32, dropout=0.05, targets=("q_proj", "down_proj", "merger"))
+    settings = settings_of(program, place, lora=adapters)
     train(settings, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
@@ -319,11 +321,14 @@ def test_a_stopped_run_of_adapters_goes_on_bit_for_bit(place, tmp_path, uneven_r
 def test_grpo_keeps_the_base_once_and_it_serves_as_the_reference(place, tmp_path, monkeypatch, uneven_rewards):
     """Arrays of the sizes of the model's weights that live in the middle of a step: base and reference are one."""
     reference_logp, seen = grpo.reference_logp, {}
+    gc.collect()
+    others = {id(array) for array in jax.live_arrays()}
 
     def watched(graph, settings, params, *rest):
         sizes = {leaf.shape for leaf in jax.tree.leaves(params)}
         seen["reference"] = params
-        seen["bytes"] = sum(array.nbytes for array in jax.live_arrays() if array.shape in sizes)
+        mine = [array for array in jax.live_arrays() if array.shape in sizes and id(array) not in others]
+        seen["bytes"] = sum(array.nbytes for array in mine)
         return reference_logp(graph, settings, params, *rest)
 
     monkeypatch.setattr(grpo, "reference_logp", watched)
@@ -344,6 +349,7 @@ def test_grpo_keeps_the_base_once_and_it_serves_as_the_reference(place, tmp_path
             model_bytes = sum(leaf.nbytes for leaf in frozen.values())
         seen.clear()
         setups.clear()
+        gc.collect()
     assert used["adapters"] < 1.1 * model_bytes, "one copy"
     assert used["whole"] > 3.9 * model_bytes, "weights, two moments and the reference"
 
