@@ -94,6 +94,14 @@ def _check(args: argparse.Namespace) -> int | None:
     return check.main(args.directory, strict=args.strict, json_path=args.json)
 
 
+def _unpack(args: argparse.Namespace) -> None:
+    from surgery_r1_jax import archives, log
+
+    with log.byte_bar("unpacking") as tell:
+        files = archives.unpack(args.archive, args.directory, args.max_size, tell=tell)
+    print(f"{args.archive}: {files} files unpacked to {args.directory}")
+
+
 def _init(args: argparse.Namespace) -> None:
     start_devices()
     from surgery_r1_jax import fresh
@@ -225,6 +233,11 @@ def commands() -> dict[str, Parser]:
     add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
+
+    add = command("data unpack", _unpack, "Unpack an archive that nobody vouches for.", "EndoVis-18-VQLA.zip data/raw")
+    add("archive", type=Path, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
+    add("directory", type=Path, metavar="DIR", help="new folder")
+    add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
 
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")

@@ -22,6 +22,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "demo.start": 0,
     "synth.write": ["seq_1/frame000"],
     "check.main": 0,
+    "archives.unpack": 7,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
