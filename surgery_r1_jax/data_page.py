@@ -4,6 +4,7 @@ Made as `report.py` makes its page: one file, no script, no network, the same by
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -88,8 +89,11 @@ def _samples(summary: Summary, frames: Sequence[Frame], seed: int) -> list[Sampl
 
 
 def _around(problem: Problem) -> Box | None:
-    """The problem's box as far as it can be drawn."""
-    return pictures.drawable(problem.box)
+    """The problem's box between its corners, whichever comes first, as far as it can be drawn."""
+    if problem.box is None:
+        return None
+    x0, y0, x1, y1 = problem.box
+    return pictures.drawable((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)))
 
 
 def _kinds(problems: Iterable[Problem]) -> list[tuple[str, str, int]]:
@@ -99,9 +103,11 @@ def _kinds(problems: Iterable[Problem]) -> list[tuple[str, str, int]]:
 
 
 def _general(reason: str) -> str:
-    """A reason without its names and numbers."""
-    words = reason.partition(";")[0].partition(":")[0].split()
-    return " ".join("..." if any(c.isdigit() or c in "/'_" for c in word) else word for word in words)[:80]
+    """A reason without what is quoted, its names and its numbers."""
+    parts = reason.split("'")
+    unquoted = "...".join([parts[0], parts[-1]]) if len(parts) > 2 else reason
+    words = re.split("[;:(]", unquoted)[0].split()
+    return " ".join("..." if any(c.isdigit() or c in "/_" for c in word) else word for word in words)[:80]
 
 
 def _asked(kind: int, frames: Iterable[Frame]) -> list[Box]:
