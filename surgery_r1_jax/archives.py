@@ -146,18 +146,18 @@ def _zip_members(file: "_Bounded") -> Iterator[_Member]:
 
 def _tar_members(file: "_Bounded") -> Iterator[_Member]:
     # As a stream: every byte is read once and in order, so that a bomb is counted while it unpacks.
-    data, file.until = 0, _HEADERS
+    file.until = _HEADERS
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as archive:
         while (info := archive.next()) is not None:
-            path, data = _path(info.name), info.size
+            path = _path(info.name)
             if not (info.isreg() or info.isdir()):
                 kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
                 raise _Refused(f"{info.name}: is {kind}; {_PLAIN} (tar --dereference)")
             if info.issparse():
                 raise _Refused(f"{info.name}: has holes; pack it without --sparse")
             tarfile.data_filter(info, ".")
-            file.until = file.given + data + _HEADERS
-            yield _Member(path, data, info.isdir(), lambda info=info: archive.extractfile(info))
+            file.until = file.given + info.size + _HEADERS
+            yield _Member(path, info.size, info.isdir(), lambda info=info: archive.extractfile(info))
             archive.members.clear()  # else it remembers them all
         while block := archive.fileobj.read(_CHUNK):
             if block.strip(b"\0"):

@@ -59,6 +59,7 @@ def _model(path: str | Path) -> check.Model:
 
 def _write(path: str | Path, text: str) -> None:
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
     except OSError as error:
         raise InputError(f"{labels.printable(path)}: cannot be written ({error.strerror}); take another path") from None
