@@ -192,10 +192,11 @@ def _extreme(width: int, height: int) -> bool:
 def _written(frames: Iterable[Frame], problems: Iterable[Problem]) -> list[spaces.Written]:
     """All boxes as they were written, those that were refused or clipped too."""
     sizes = {str(frame.image): (frame.width, frame.height) for frame in frames}
-    odd = {problem.source.rpartition(":")[0]: problem for problem in problems if problem.box}
-    asked = [(frame, record) for frame in frames for record in frame.records if record.source not in odd]
-    sound = [spaces.Written(record.box, frame.width, frame.height) for frame, record in asked]
-    return sound + [spaces.Written(odd_.box, *sizes[odd_.image]) for odd_ in odd.values() if odd_.image in sizes]
+    odd = [problem for problem in problems if problem.box and problem.image in sizes]
+    lines = {source for problem in odd for source in (problem.source, problem.source.rpartition(":")[0])}
+    sound = [(frame, record) for frame in frames for record in frame.records if record.source not in lines]
+    written = [spaces.Written(record.box, frame.width, frame.height) for frame, record in sound]
+    return written + [spaces.Written(problem.box, *sizes[problem.image]) for problem in odd]
 
 
 def _repeated_ids(frames: Iterable[Frame]) -> Iterator[Problem]:
