@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from surgery_r1_jax import images, pictures, report, vocabulary
-from surgery_r1_jax.check import Summary
+from surgery_r1_jax.check import Summary, by_split
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.labels import Problem
 from surgery_r1_jax.records import Box, Frame
@@ -45,12 +45,13 @@ class Places(NamedTuple):
 def render(summary: Summary, frames: Sequence[Frame], notes: Sequence[str], *, seed: int = 0) -> str:
     """The page as HTML; `notes` are lines that stand above all."""
     shown = sorted(summary.problems, key=lambda problem: problem.severity)[:MOST_PROBLEMS]
-    samples = _samples(summary, frames, seed)
+    samples = _samples(frames, seed)
     files = {frame.id: str(frame.image) for frame in frames}
-    twins = [(files[ours], files[theirs]) for ours, theirs, *_ in (*summary.equal_images, *summary.near_images)]
+    pairs = (*summary.equal_images, *summary.near_images)[: MOST_PROBLEMS // 4]
+    twins = [(files[ours], files[theirs]) for ours, theirs, *_ in pairs]
     names = [str(sample.frame.image) for sample in samples]
     names += [problem.image for problem in shown if problem.image]
-    names += [name for pair in twins[: MOST_PROBLEMS // 4] for name in pair]
+    names += [name for pair in twins for name in pair]
     return report.template("data_page.html.jinja").render(
         summary=summary,
         notes=notes,
@@ -58,7 +59,7 @@ def render(summary: Summary, frames: Sequence[Frame], notes: Sequence[str], *, s
         samples=samples,
         problems=[(problem, _around(problem)) for problem in shown],
         kinds=_kinds(summary.problems),
-        twins=twins[: MOST_PROBLEMS // 4],
+        twins=twins,
         places=[_places(kind, frames) for kind in range(len(vocabulary.KINDS)) if _asked(kind, frames)],
         frames=report.embedded(dict.fromkeys(names), _picture),
         colours={"truth": pictures.TRUTH, "prediction": pictures.PREDICTION},
@@ -73,14 +74,11 @@ def _picture(file: str) -> Image.Image | None:
         return None
 
 
-def _samples(summary: Summary, frames: Sequence[Frame], seed: int) -> list[Sample]:
+def _samples(frames: Sequence[Frame], seed: int) -> list[Sample]:
     """Frames drawn at random, as many of each split."""
-    rng = random.Random(seed)
-    each = SAMPLES // max(1, len(summary.splits))
-    samples = []
-    for name, split in summary.splits.items():
-        members = [frame for frame in frames if frame.sequence in split.sequences]
-        for frame in rng.sample(members, min(each, len(members))):
+    rng, splits, samples = random.Random(seed), by_split(frames), []
+    for name, members in splits.items():
+        for frame in rng.sample(members, min(SAMPLES // len(splits), len(members))):
             boxes: dict[Box, list[str]] = {}
             for record in frame.records:
                 boxes.setdefault(record.box, []).append(f"{record.question} {record.answer}")
