@@ -1,24 +1,24 @@
-"""Looks through a data set before anything is trained on it: every label line, every image, every split."""
+"""Looks through a data set before anything is trained on it: every label line, image, box and split.
 
-import dataclasses
+Whatever reader the frames come from, what is wrong with them becomes a `Problem` with its place, and where there is
+one with the picture and the box to look at.
+"""
+
 import itertools
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import track as progress_bar
-from rich.table import Table
-
-from surgery_r1_jax import floors, images, labels, location, records, vocabulary
+from surgery_r1_jax import floors, images, labels, leaks, lengths, likeness, location, records, spaces, vocabulary
 from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.labels import Problem
 from surgery_r1_jax.records import Frame
 
-MAX_PRINTED = 50  # problems
+Track = Callable[[Iterable, int], Iterable]
 
 
 @dataclass(frozen=True)
@@ -31,146 +31,215 @@ class Split:
     kinds: dict[str, int]
     answers: dict[str, int]
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The classes that no question of the split has for an answer."""
+        return tuple(name for name, count in self.answers.items() if not count)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The longest questions as a model is given them, each figure by itself; `over` have more than `limit` in all."""
+
+    prefix: int  # instruction and image
+    prompt: int
+    completion: int  # true answer with reasoning
+    total: int
+    limit: int | None
+    over: int
+
 
 @dataclass(frozen=True)
 class Summary:
-    """All that `inspect` found."""
+    """All that was found."""
 
     root: str
     frames: int
     questions: int
     splits: dict[str, Split]  # those that are not empty, by name
     image_sizes: dict[str, int]  # frames by "1280x1024"
+    changed_images: dict[str, int]  # frames by what reading them changes, such as "CMYK"
     outside: int  # records whose box leaves the image
     repeated: int  # records that ask what their frame was asked before
     equal_images: tuple[tuple[str, str], ...]  # ids of frames of two splits with the same image file
+    near_images: tuple[tuple[str, str, int], ...]  # of those that look alike, and the bits that tell them apart
     location_rule: location.LocationRule
     location_agreement: float
     location_questions: int
     floors: dict[str, dict[str, floors.Score]]  # by "train -> val", then by kind of question
+    tokens: Tokens | None  # where a model was given
     errors: int
     warnings: int
     problems: tuple[Problem, ...]
 
 
-def inspect(
-    root: str | Path,
-    strict: bool = False,
-    *,
-    classes: tuple[str, ...] = vocabulary.CLASSES,
-    track: Callable[[Iterable, int], Iterable] = lambda steps, total: steps,
-) -> Summary:
-    """Read all labels and decode all images below `root`; `track` may show how the decoding goes on.
+class Model(NamedTuple):
+    """What of a model the questions are measured against."""
+
+    encoder: Encoder
+    limit: int | None  # tokens it was made for
+
+
+def inspect(root: str | Path, strict: bool = False, **options) -> Summary:
+    """Read all labels and decode all images below `root`; the options are those of `examine`.
 
     Raises: InputError only where `root` holds no data set; what is wrong inside is in the summary.
     """
     problems: list[Problem] = []
+    classes = options.get("classes", vocabulary.CLASSES)
     frames = records.read(root, strict=strict, classes=classes, on_problem=problems.append)
-    with ThreadPoolExecutor() as pool:
-        decoded = track(pool.map(_image_problem, frames), len(frames))
-        problems += [problem for problem in decoded if problem]
+    return examine(root, frames, problems, strict=strict, **options)
 
-    by_split = {
-        name: [frame for frame in frames if records.split_of(frame.sequence) == name]
-        for name in ("train", "dev", "val", "external")
-    }
-    by_split = {name: members for name, members in by_split.items() if members}
-    equal_images = [
-        pair
-        for one, other in itertools.combinations(by_split.values(), 2)
-        for pair in records.content_overlaps(one, other)
-    ]
-    files = {frame.id: str(frame.image) for frame in frames}
-    problems += [
-        Problem("error", files[theirs], f"the same image as {files[ours]}, which is in another split")
-        for ours, theirs in equal_images
-    ]
+
+def by_split(frames: Iterable[Frame]) -> dict[str, list[Frame]]:
+    """The frames of the splits that are not empty."""
+    splits: dict[str, list[Frame]] = {name: [] for name in ("train", "dev", "val", "external")}
+    for frame in frames:
+        splits.setdefault(records.split_of(frame.sequence), []).append(frame)
+    return {name: members for name, members in splits.items() if members}
+
+
+def examine(
+    root: str | Path,
+    frames: Sequence[Frame],
+    problems: Sequence[Problem] = (),
+    *,
+    strict: bool = False,
+    splits: Mapping[str, Sequence[Frame]] | None = None,
+    classes: tuple[str, ...] = vocabulary.CLASSES,
+    space: str = "pixel",
+    model: Model | None = None,
+    track: Track = lambda steps, total: steps,
+) -> Summary:
+    """The summary of frames that a reader gave, with the problems it had; `strict` makes mended images errors.
+
+    `space` is the one of `spaces.SPACES` that the boxes were read in. `track` may show how the decoding goes on.
+    """
+    splits = by_split(frames) if splits is None else splits
+    with ThreadPoolExecutor() as pool:
+        looks = list(track(pool.map(lambda frame: _look(frame, strict), frames), len(frames)))
+    found = [*problems, *itertools.chain.from_iterable(look.problems for look in looks)]
+    if doubt := spaces.doubt(_written(frames, problems), space):
+        found.append(Problem("error", str(root), f"{doubt}; mend the labels, or say how they are meant"))
+    found += _repeated_ids(frames)
+    found += leaks.sequences(splits)
+    prints = {str(frame.image): look.print for frame, look in zip(frames, looks, strict=True)}
+    found += (pairs := leaks.pictures(splits, prints)).problems
+    counts = {name: _count(members, classes) for name, members in splits.items()}
+    found += _never_taught(counts, str(root))
+    tokens = None
+    if model is not None:
+        tokens, long = _tokens(frames, model)
+        found += long
     rule, agreement, located = location.fit(frames)
     return Summary(
         root=str(root),
         frames=len(frames),
         questions=sum(len(frame.records) for frame in frames),
-        splits={name: _count(members, classes) for name, members in by_split.items()},
+        splits=counts,
         image_sizes=dict(Counter(f"{frame.width}x{frame.height}" for frame in frames).most_common()),
-        outside=sum(problem.reason.startswith(labels.OUTSIDE) for problem in problems),
-        repeated=sum(problem.reason.startswith(records.REPEATED) for problem in problems),
-        equal_images=tuple(equal_images),
+        changed_images=dict(Counter(change for look in looks for change in look.changes).most_common()),
+        outside=sum(problem.reason.startswith(labels.OUTSIDE) for problem in found),
+        repeated=sum(problem.reason.startswith(records.REPEATED) for problem in found),
+        equal_images=pairs.equal,
+        near_images=pairs.near,
         location_rule=rule,
         location_agreement=agreement,
         location_questions=located,
         floors={
-            f"{source} -> {target}": floors.score(
-                by_split[target], floors.question_only(by_split[source], by_split[target])
-            )
-            for source, target in itertools.product(by_split, by_split)
+            f"{source} -> {target}": floors.score(splits[target], floors.question_only(splits[source], splits[target]))
+            for source, target in itertools.product(splits, splits)
             if source in ("train", target)
         },
-        errors=sum(problem.severity == "error" for problem in problems),
-        warnings=sum(problem.severity == "warning" for problem in problems),
-        problems=tuple(problems),
+        tokens=tokens,
+        errors=sum(problem.severity == "error" for problem in found),
+        warnings=sum(problem.severity == "warning" for problem in found),
+        problems=tuple(found),
     )
 
 
-def print_summary(summary: Summary, console: Console) -> None:
-    """Print it as tables, then at most MAX_PRINTED problems, errors first."""
+class _Look(NamedTuple):
+    """What decoding a frame's image showed."""
 
-    def line(text: str) -> None:
-        console.print(labels.printable(text), markup=False, highlight=False, soft_wrap=True)
-
-    line(f"{summary.root}: {summary.frames} frames, {summary.questions} questions")
-    if summary.splits:
-        console.print(_split_table(summary), _class_table(summary), _floor_table(summary))
-    sizes = ", ".join(f"{size} ({count})" for size, count in summary.image_sizes.items())
-    line(f"image sizes (frames): {sizes or 'none'}")
-    rule = summary.location_rule
-    if summary.location_questions:
-        holds = round(summary.location_agreement * summary.location_questions)
-        line(
-            f"location rule: against the centre of the {rule.reference}, top = {rule.top}; "
-            f"holds for {holds} of {summary.location_questions} location answers"
-        )
-    line(f"questions whose box leaves the image: {summary.outside}")
-    line(f"questions asked again in the same frame: {summary.repeated}")
-    line(f"images that are in two splits: {len(summary.equal_images)}")
-    ordered = sorted(summary.problems, key=lambda problem: problem.severity)  # "error" < "warning"
-    for problem in ordered[:MAX_PRINTED]:
-        line(f"{problem.severity}: {problem}")
-    if len(ordered) > MAX_PRINTED:
-        line(f"... and {len(ordered) - MAX_PRINTED} more problems")
-    line(f"{summary.errors} errors, {summary.warnings} warnings")
+    problems: list[Problem]
+    changes: list[str]
+    print: int | None
 
 
-def main(root: str | Path, strict: bool = False, json_path: str | Path | None = None) -> int:
-    """Inspect, print, and write the summary as JSON where wanted; 1 if there are errors, else 0."""
-    bar = Console(stderr=True)
-
-    def track(steps: Iterable, total: int) -> Iterable:
-        return progress_bar(steps, "decoding images", total, console=bar, transient=True, disable=not bar.is_terminal)
-
-    summary = inspect(root, strict, track=track)
-    print_summary(summary, Console())
-    if json_path is not None:
-        try:
-            Path(json_path).write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise InputError(f"{json_path}: cannot be written ({error.strerror}); take another path") from None
-    return 1 if summary.errors else 0
-
-
-def _image_problem(frame: Frame) -> Problem | None:
+def _look(frame: Frame, strict: bool) -> _Look:
     """Decode the frame's image just as training will."""
+    path = str(frame.image)
     try:
-        image = images.load(frame.image)
+        image, changes = images.read(frame.image)
     except InputError as error:
         reason = str(error).removeprefix(f"{labels.printable(frame.image)}: ")
-        return Problem("error", str(frame.image), reason)
+        return _Look([Problem("error", path, reason)], [], None)
+    problems = [Problem("error" if strict else "warning", path, change, path) for change in changes]
+    width, height = image.size
     if image.size != (frame.width, frame.height):
-        width, height = image.size
-        return Problem("error", str(frame.image), f"decodes to {width}x{height}, its header says otherwise")
-    return None
+        problems.append(Problem("error", path, f"decodes to {width}x{height}, its header says otherwise", path))
+    if _extreme(*image.size):
+        reason = f"sides of {width}x{height} differ over {images.MAX_ASPECT} to 1; crop or drop it"
+        problems.append(Problem("error", path, reason, path))
+    return _Look(problems, [change.partition(";")[0] for change in changes], likeness.fingerprint(image))
 
 
-def _count(frames: list[Frame], classes: tuple[str, ...]) -> Split:
+def _extreme(width: int, height: int) -> bool:
+    """Whether a picture is so narrow that no model takes it."""
+    return max(width, height) > images.MAX_ASPECT * min(width, height)
+
+
+def _written(frames: Iterable[Frame], problems: Iterable[Problem]) -> list[spaces.Written]:
+    """All boxes as they were written, those that were refused or clipped too."""
+    sizes = {str(frame.image): (frame.width, frame.height) for frame in frames}
+    odd = [problem for problem in problems if problem.box and problem.image in sizes]
+    lines = {source for problem in odd for source in (problem.source, problem.source.rpartition(":")[0])}
+    sound = [(frame, record) for frame in frames for record in frame.records if record.source not in lines]
+    written = [spaces.Written(record.box, frame.width, frame.height) for frame, record in sound]
+    return written + [spaces.Written(problem.box, *sizes[problem.image]) for problem in odd]
+
+
+def _repeated_ids(frames: Iterable[Frame]) -> Iterator[Problem]:
+    first: dict[str, Frame] = {}
+    for frame in frames:
+        if (one := first.setdefault(frame.id, frame)) is not frame:
+            reason = f"frame {frame.id} again, first {one.image}; rename one of them"
+            yield Problem("error", str(frame.image), reason, str(frame.image))
+
+
+def _never_taught(splits: Mapping[str, Split], root: str) -> list[Problem]:
+    """Classes that are asked for elsewhere and that training has none of."""
+    if "train" not in splits:
+        return []
+    return [
+        Problem("warning", root, f"{answer} is the answer to {asked} questions of {name} and to none of train")
+        for name, split in splits.items()
+        for answer, asked in split.answers.items()
+        if asked and answer in splits["train"].absent
+    ]
+
+
+def _tokens(frames: Sequence[Frame], model: Model) -> tuple[Tokens | None, list[Problem]]:
+    """The longest questions, and a problem for each that is longer than the model was made for."""
+    found = lengths.measure((f for f in frames if not _extreme(f.width, f.height)), model.encoder)
+    if not found:
+        return None, []
+    long = [each for each in found if model.limit is not None and each.total > model.limit]
+    longest = (max(getattr(each, part) for each in found) for part in ("prefix", "prompt", "completion", "total"))
+    return Tokens(*longest, model.limit, len(long)), [
+        Problem(
+            "error",
+            each.record.source,
+            f"takes {each.total:,} tokens, {each.prefix:,} of them for its frame, and the model was made for "
+            f"{model.limit:,}; lower max_pixels in preprocessor_config.json",
+            str(each.frame.image),
+            each.record.box,
+        )
+        for each in long
+    ]
+
+
+def _count(frames: Sequence[Frame], classes: tuple[str, ...]) -> Split:
     asked = [record for frame in frames for record in frame.records]
     kinds = Counter(vocabulary.KINDS[record.kind] for record in asked)
     answers = Counter(record.answer for record in asked)
@@ -181,45 +250,3 @@ def _count(frames: list[Frame], classes: tuple[str, ...]) -> Split:
         kinds={name: kinds[name] for name in vocabulary.KINDS},
         answers={name: answers[name] for name in classes},
     )
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and the others numbers."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
-
-
-def _split_table(summary: Summary) -> Table:
-    kinds = [name for name in vocabulary.KINDS if any(split.kinds[name] for split in summary.splits.values())]
-    table = _table("Splits", "split", "frames", "questions", *kinds, "sequences")
-    for name, split in summary.splits.items():
-        sequences = " ".join(sequence.removeprefix("seq_") for sequence in split.sequences)
-        counts = (split.frames, split.questions, *(split.kinds[kind] for kind in kinds))
-        table.add_row(name, *map(str, counts), sequences)
-    return table
-
-
-def _class_table(summary: Summary) -> Table:
-    table = _table("Answers", "class", *summary.splits)
-    for name in next(iter(summary.splits.values())).answers:
-        table.add_row(name, *(str(split.answers[name]) for split in summary.splits.values()))
-    return table
-
-
-def _floor_table(summary: Summary) -> Table:
-    kinds = [name for name in vocabulary.KINDS if any(name in scores for scores in summary.floors.values())]
-    title = "Floors in %: majority answer and median box of the same question"
-    table = _table(title, "guessed from -> on", "questions", "mIoU", "accuracy", *kinds)
-    for name, scores in summary.floors.items():
-        accuracies = [f"{100 * scores[kind].accuracy:.1f}" if kind in scores else "-" for kind in kinds]
-        overall = scores["all"]
-        table.add_row(
-            name,
-            str(overall.questions),
-            f"{100 * overall.miou:.1f}",
-            f"{100 * overall.accuracy:.1f}",
-            *accuracies,
-        )
-    return table

@@ -89,9 +89,20 @@ def _synth(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int | None:
-    from surgery_r1_jax import check
+    if args.model is not None:
+        start_devices()
+    from surgery_r1_jax import survey
 
-    return check.main(args.directory, strict=args.strict, json_path=args.json)
+    paths = dict(json_path=args.json, html_path=args.html)
+    return survey.main(args.directory, strict=args.strict, **paths, model=args.model)
+
+
+def _unpack(args: argparse.Namespace) -> None:
+    from surgery_r1_jax import archives, log
+
+    with log.byte_bar("unpacking") as tell:
+        files = archives.unpack(args.archive, args.directory, args.max_size, tell=tell)
+    print(f"{args.archive}: {files} files unpacked to {args.directory}")
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -221,10 +232,18 @@ def commands() -> dict[str, Parser]:
     )
     add("--jobs", type=number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
 
-    add = command("data check", _check, "Check every label and image of a data set.", "data/EndoVis-18-VQLA")
+    example = "data/EndoVis-18-VQLA --html check.html --model checkpoints/Qwen2.5-VL-3B-Instruct"
+    add = command("data check", _check, "Find all that is wrong with a data set before a run does.", example)
     add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
+    add("--html", type=Path, metavar="FILE", help="write a page with pictures too (default: not written)")
+    add("--model", type=Path, metavar="HF_DIR", help="count tokens as this model's folder does (default: not counted)")
+
+    add = command("data unpack", _unpack, "Unpack an archive that nobody vouches for.", "EndoVis-18-VQLA.zip data/raw")
+    add("archive", type=Path, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
+    add("directory", type=Path, metavar="DIR", help="new folder")
+    add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
 
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")

@@ -35,6 +35,7 @@ from surgery_r1_jax import (
     sharding,
 )
 from surgery_r1_jax.examples import Encoder
+from surgery_r1_jax.lengths import most_tokens
 from surgery_r1_jax.records import Frame
 
 SMALL = 50_000_000  # parameters up to which the step is compiled to know its memory
@@ -167,8 +168,7 @@ def problem(job: memory.Job) -> str | None:
 def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
     """What would not stop the run but spoil or slow it."""
     settings, architecture, devices = job.settings, job.architecture, job.frame_axes
-    written = json.loads((folder / "config.json").read_text())
-    most = written.get("max_position_embeddings") or written.get("text_config", {}).get("max_position_embeddings")
+    most = most_tokens(folder)
     completion = settings.sampler.max_tokens if isinstance(settings, options.GRPO) else lengths.completion
     if most and lengths.prefix + lengths.prompt + completion > most:
         yield (

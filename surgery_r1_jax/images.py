@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_NAMED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
 # Preprocessing steps that a file may switch; the values supported, which are also the defaults.
 _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 
@@ -43,6 +46,11 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
     With `root`, a relative path starts there and the file, links followed, must lie inside.
     Raises: InputError `PATH: reason; remedy` for anything that is not a whole, plain PNG or JPEG.
     """
+    return read(path, root=root)[0]
+
+
+def read(path: str | Path, *, root: str | Path | None = None) -> tuple[Image.Image, list[str]]:
+    """As `load`, and in words what the reading rule had to change about the picture; most often nothing."""
     name = _printable(path)
     file = _regular_file(path, root)
     try:
@@ -52,8 +60,9 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
                 raise InputError(f"{name}: {width}x{height} is over {MAX_PIXELS} pixels; scale it down first")
             if (pictures := getattr(image, "n_frames", 1)) > 1:
                 raise InputError(f"{name}: holds {pictures} pictures; save the one meant alone")
+            deep = ";16" in str(image.tile[0].args)  # as the header says; decoding may already cut it to 8
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(_upright(image)), list(_changes(image, file, deep))
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
@@ -101,6 +110,20 @@ def _rgb(image: Image.Image) -> Image.Image:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _changes(image: Image.Image, file: Path, deep: bool) -> Iterator[str]:
+    """What `_upright` and `_rgb` change about a decoded picture; `deep` says that it had 16 bits a channel."""
+    if image.format != _NAMED.get(file.suffix.lower()):
+        yield f"{image.format} data under the name {file.suffix or 'of no kind'}; read as what it is"
+    if (orientation := image.getexif().get(0x0112, 1)) in _UPRIGHT:
+        yield f"EXIF orientation {orientation}; turned upright, and boxes refer to that"
+    if deep:
+        yield "16 bits a channel; scaled to 8"
+    if image.mode == "CMYK":
+        yield "CMYK; made RGB"
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        yield "transparent pixels; laid on black"
 
 
 @dataclass(frozen=True)

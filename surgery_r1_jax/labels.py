@@ -16,6 +16,7 @@ MAX_LINE = 500  # characters; real lines have at most 80
 OUTSIDE = "box leaves the image"  # how the reason of every such problem begins
 
 _INTEGER = re.compile(r"-?[0-9]{1,6}")
+_PART = re.compile(r"0(\.[0-9]{1,20})?|1(\.0{1,20})?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Problem:
     severity: str  # "error" | "warning"
     source: str  # "path:line:column", as exact as is known
     reason: str
+    image: str | None = None  # the picture to look at
+    box: Box | None = None  # as written, before any clipping
 
     def __str__(self) -> str:
         return printable(f"{self.source}: {self.reason}")
@@ -46,8 +49,8 @@ class Problem:
 class Refused(InputError):
     """An error that costs one line or one frame."""
 
-    def __init__(self, source: str, reason: str):
-        self.problem = Problem("error", source, reason)
+    def __init__(self, source: str, reason: str, box: Box | None = None):
+        self.problem = Problem("error", source, reason, box=box)
         super().__init__(str(self.problem))
 
 
@@ -81,13 +84,9 @@ def parse_line(
         raise Refused(at_answer, f"{answer!r} is none of the {len(classes)} answer classes")
     if vocabulary.class_kind(index) != kind:
         raise Refused(at_answer, f"{answer!r} does not answer a question of kind {vocabulary.KINDS[kind]}")
-    box, outside = _parse_box(corners, at_box, width, height)
-    if outside and strict:
-        raise Refused(at_box, outside)
-
+    box, warning = _parse_box(corners, at_box, width, height, strict)
     tool = topic if kind in (vocabulary.STATE, vocabulary.LOCATION) else None
-    record = Record(vocabulary.ask(kind, topic), classes[index], box, kind, tool, source)
-    return record, Problem("warning", at_box, f"{outside}; it is clipped") if outside else None
+    return Record(vocabulary.ask(kind, topic), classes[index], box, kind, tool, source), warning
 
 
 def printable(text: object) -> str:
@@ -95,20 +94,36 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
-def _parse_box(text: str, source: str, width: int, height: int) -> tuple[Box, str | None]:
-    """The box in [0, 1], clipped to the image, and the reason to tell where that changed it."""
+def _parse_box(text: str, source: str, width: int, height: int, strict: bool) -> tuple[Box, Problem | None]:
+    """The box in [0, 1], clipped to the image, and a warning where that changed it."""
     corners = [corner.strip(" \t") for corner in text.split(",")]
     if len(corners) != 4 or not all(map(_INTEGER.fullmatch, corners)):
-        raise Refused(source, f"{text!r} is not a box of four integers x1,y1,x2,y2")
+        like = "; it looks like parts of the image, 0..1" if all(map(_PART.fullmatch, corners)) else ""
+        raise Refused(source, f"{text!r} is not a box of four integers x1,y1,x2,y2{like}")
     x0, y0, x1, y1 = (int(corner) - 1 for corner in corners)
+    return unit_box((x0, y0, x1, y1), text, source, width, height, strict)
+
+
+def unit_box(
+    edges: tuple[float, float, float, float], text: str, source: str, width: float, height: float, strict: bool
+) -> tuple[Box, Problem | None]:
+    """Edges on a `width` x `height` grid as a box in [0, 1], clipped, and a warning where that changed it.
+
+    `text` is how the data has the box. Raises: Refused for a box that is inverted or wholly outside, and where
+    `strict` for one that would be clipped.
+    """
+    x0, y0, x1, y1 = edges
+    written = (x0 / width, y0 / height, x1 / width, y1 / height)
     if x0 >= x1 or y0 >= y1:
-        raise Refused(source, f"box {text} is empty or inverted; it needs x1 < x2 and y1 < y2")
+        raise Refused(source, f"box {text} is empty or inverted; it needs x1 < x2 and y1 < y2", written)
     left, right = (min(max(x, 0), width) for x in (x0, x1))
     top, bottom = (min(max(y, 0), height) for y in (y0, y1))
     box = (left / width, top / height, right / width, bottom / height)
-    if (left, top, right, bottom) == (x0, y0, x1, y1):
+    if (left, top, right, bottom) == edges:
         return box, None
     outside = f"{OUTSIDE}: {text} on {width}x{height}"
     if left >= right or top >= bottom:
-        raise Refused(source, f"{outside}, wholly")
-    return box, outside
+        raise Refused(source, f"{outside}, wholly", written)
+    if strict:
+        raise Refused(source, outside, written)
+    return box, Problem("warning", source, f"{outside}; it is clipped", box=written)

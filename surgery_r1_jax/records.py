@@ -7,6 +7,7 @@ name of a label file may end in `_QAL`, `_QA` or neither:
     left_frames/seq2_frame000.jpg          vqla/label/seq2_frame000.txt            (EndoVis-17)
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -220,6 +221,7 @@ def _read_frame(
         if (first := first_line.setdefault(record.question, number)) != number:
             # Kept: the format has no way to tell two instruments of one name apart.
             problems.append(Problem("warning", source, f"{REPEATED}, first on line {first}; both are kept"))
+    problems = [dataclasses.replace(problem, image=str(image)) for problem in problems]
     return Frame(f"{sequence}/{name}", sequence, image, width, height, tuple(records)), problems
 
 

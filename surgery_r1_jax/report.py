@@ -63,7 +63,7 @@ def write(
     failures = cards.failures(stages, max(1, examples // 2), seed)
     shown = [card for questions in examples_by_frame.values() for question in questions for card in question]
     shown += [card for group in failures for card in group.cards]
-    page = _template().render(
+    page = template("report.html.jinja").render(
         title=title,
         facts=facts,
         notes=notes,
@@ -79,7 +79,7 @@ def write(
         histograms=[charts.histogram(stage.name, stage.predictions) for stage in stages],
         confusion=_confusion(stages[-1]),
         failures=failures,
-        frames=_frames(dict.fromkeys(card.frame for card in shown), images),
+        frames=embedded(dict.fromkeys(card.frame for card in shown), images),
         full_marks=max((card.rewards.get("total", 0.0) for card in shown), default=0.0),
         colours={"truth": pictures.TRUTH, "prediction": pictures.PREDICTION},
     )
@@ -160,8 +160,8 @@ def _object(where: Path | str, text: bytes) -> dict:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
-    """The page's template: all it prints is escaped, and no character of it is invisible."""
+def template(name: str) -> jinja2.Template:
+    """A page's template: all it prints is escaped, and no character of it is invisible."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -170,7 +170,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _shares(stage: Stage) -> dict:
@@ -224,12 +224,13 @@ def _confusion(stage: Stage) -> dict:
     return {"columns": columns, "rows": rows}
 
 
-def _frames(names: Iterable[str], images: Pictures) -> dict[str, dict]:
-    """Every frame shown, once: a short id, its size on the page and its JPEG, which is None without a picture."""
-    found = {name: images(name) for name in names}
-    limit = min(120_000, PICTURE_BYTES // max(1, len(found)))
+def embedded(names: Iterable[str], images: Pictures) -> dict[str, dict]:
+    """Every picture once: a short id, its size on the page and its JPEG, which is None where there is none to show."""
+    names = list(names)
+    limit = min(120_000, PICTURE_BYTES // max(1, len(names)))
     frames = {}
-    for index, (name, image) in enumerate(found.items()):
+    for index, name in enumerate(names):
+        image = images(name)
         width, height = image.size if image else (5, 4)
         url = pictures.data_url(image, limit=limit) if image else None
         frames[name] = {"id": f"frame-{index}", "width": 480, "height": round(480 * height / width), "url": url}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from surgery_r1_jax import check, floors, records, vocabulary
+from surgery_r1_jax import check, floors, records, survey, vocabulary
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.location import LocationRule
 
@@ -38,7 +38,7 @@ def tree(tmp_path):
 
 def printed(summary, width=80):
     stream = io.StringIO()
-    check.print_summary(summary, Console(file=stream, width=width))
+    survey.print_summary(summary, Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -140,17 +140,17 @@ def test_fifty_problems_are_printed_errors_first_and_all_are_counted(tree):
 
 def test_main_writes_the_whole_summary_as_json_and_returns_one_for_errors(tree, tmp_path, capsys):
     path = tmp_path / "summary.json"
-    assert check.main(tree, json_path=path) == 0
+    assert survey.main(tree, json_path=path) == 0
     stored = json.loads(path.read_text())
     assert stored == json.loads(json.dumps(dataclasses.asdict(check.inspect(tree))))
     assert stored["floors"]["train -> val"]["organ"] == {"questions": 1, "accuracy": 1.0, "miou": 1.0}
     write(tree, "seq_2/frame001", "a|b|c|d\n")
-    assert check.main(tree) == 1
+    assert survey.main(tree) == 1
     assert "1 errors, 0 warnings" in capsys.readouterr().out
     with pytest.raises(InputError, match="cannot be written"):
-        check.main(tree, json_path=tmp_path)
+        survey.main(tree, json_path=tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        check.main(tree / "nowhere")
+        survey.main(tree / "nowhere")
 
 
 def test_a_data_set_of_errors_alone_is_reported_not_raised(tmp_path):

@@ -21,7 +21,8 @@ from surgery_r1_jax.errors import InputError, NumericError, Preempted
 TARGETS = {  # what the handlers call, and an answer of the right kind
     "demo.start": 0,
     "synth.write": ["seq_1/frame000"],
-    "check.main": 0,
+    "survey.main": 0,
+    "archives.unpack": 7,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -103,8 +104,24 @@ def refusal(capsys, *argv, status=2):
             (Path("d"),),
             {"frames": 5, "seed": 0, "size": (1280, 1024), "max_tools": 4, "balance": 0.0, "jobs": 1},
         ),
-        ("data check d", "check.main", (Path("d"),), {"strict": False, "json_path": None}),
-        ("data check d --strict --json f", "check.main", (Path("d"),), {"strict": True, "json_path": Path("f")}),
+        (
+            "data check d",
+            "survey.main",
+            (Path("d"),),
+            {"strict": False, "json_path": None, "html_path": None, "model": None},
+        ),
+        (
+            "data check d --strict --json f --html g",
+            "survey.main",
+            (Path("d"),),
+            {"strict": True, "json_path": Path("f"), "html_path": Path("g"), "model": None},
+        ),
+        (
+            "data unpack a d --max-size 5GB",
+            "archives.unpack",
+            (Path("a"), Path("d"), 5 * 10**9),
+            {"tell": TELL},
+        ),
         (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
@@ -134,7 +151,7 @@ def refusal(capsys, *argv, status=2):
 def test_every_command_calls_its_module(calls, argv, name, args, options):
     assert cli.main(argv.split()) == 0
     assert calls[-1] == (name, args, options)
-    needs_devices = name not in ("synth.write", "check.main", "report.run")
+    needs_devices = name not in ("synth.write", "survey.main", "archives.unpack", "report.run")
     assert calls[:-1] == (["start_devices"] if needs_devices else [])
 
 
@@ -162,7 +179,7 @@ def test_training_takes_overrides_anywhere(calls, program):
 
 
 def test_the_status_of_a_handler_is_the_status_of_the_command(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["surgery_r1_jax.check"], "main", lambda *_, **__: 1)
+    monkeypatch.setattr(sys.modules["surgery_r1_jax.survey"], "main", lambda *_, **__: 1)
     assert cli.main(["data", "check", "d"]) == 1
 
 

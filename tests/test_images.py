@@ -328,7 +328,9 @@ def test_no_path_leads_out_of_the_root_or_blocks(tmp_path):
             "file:///etc/passwd",
         ),
         *("x" * 300 + ".png", "a/" * 3000, "new\nline.png", "\udc80.png", "~/secret.png"),
+        *("..\\outside\\secret.png", "%2e%2e/outside/secret.png", "C:/secret.png", "FRAME.PNG", "data:,x", "seq/.."),
     )
+    assert len(paths) >= 30
     opened = []
     watching = [True]
     sys.addaudithook(lambda event, args: opened.append(args[0]) if watching[0] and event == "open" else None)
