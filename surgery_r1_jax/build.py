@@ -52,10 +52,20 @@ _OURS = {"frames", "records.jsonl", "data.json", "stats.json", "dialogues.jsonl"
 class Item(NamedTuple):
     """A record to be made."""
 
-    id: str
     frame: Frame
-    record: Record
+    number: int  # of the question in its frame
     form: str
+    copy: int  # of several records of one kind
+
+    @property
+    def id(self) -> str:
+        """Names it in the whole set."""
+        return "/".join((self.frame.id, str(self.number), self.form, *([str(self.copy)] if self.copy else [])))
+
+    @property
+    def record(self) -> Record:
+        """The question."""
+        return self.frame.records[self.number]
 
     @property
     def want(self) -> int:
@@ -97,7 +107,8 @@ def run(
     if not items:
         raise InputError("no record is left; choose kinds with higher weights")
     reasoned = [item for item in items if item.reasoned]
-    taught = teacher.write(ask, [(item.frame, item.record, item.want) for item in reasoned]) if ask else []
+    questions = [teacher.Question(item.frame, item.record, item.want, item.copy, rule.reference) for item in reasoned]
+    taught = teacher.write(ask, questions) if ask else []
     texts = dict(zip((item.id for item in reasoned), taught, strict=False))
 
     part = out.with_name(out.name + ".part")
@@ -139,13 +150,11 @@ def read(source: Path, size: tuple[int, int] = labellist.SIZE) -> tuple[list[Fra
 def plan(frames: Sequence[Frame], kinds: Mapping[str, float], seed: int) -> Iterator[Item]:
     """The records to be made, frame by frame and question by question."""
     for frame in frames:
-        for number, record in enumerate(frame.records):
+        for number in range(len(frame.records)):
             for form, weight in kinds.items():
                 whole, rest = divmod(weight, 1)
                 more = rest > 0 and random.Random(f"{seed}/{frame.id}/{number}/{form}").random() < rest
-                for copy in range(int(whole) + more):
-                    name = f"{frame.id}/{number}/{form}"
-                    yield Item(f"{name}/{copy + 1}" if copy else name, frame, record, form)
+                yield from (Item(frame, number, form, copy) for copy in range(int(whole) + more))
 
 
 def _write(
@@ -169,7 +178,7 @@ def _write(
             count["asked"][vocabulary.KINDS[item.record.kind]] += 1
             count["splits"][row["split"]] += 1
             file.write(json.dumps(row) + "\n")
-            turns.setdefault(item.frame.id, {}).setdefault(id(item.record), []).append(row)
+            turns.setdefault(item.frame.id, {}).setdefault(item.number, []).append(row)
     if dialogues:
         with (folder / "dialogues.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(_dialogue(name, rows, seed)) + "\n" for name, rows in turns.items())

@@ -17,6 +17,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
 from rich.console import Console
@@ -31,7 +33,16 @@ KEY = "SURGERY_R1_TEACHER_KEY"  # the environment variable
 
 TEMPERATURE = 0.7
 
-Question = tuple[Frame, Record, int]  # the last: what is wanted, an index into answer.WANT
+
+class Question(NamedTuple):
+    """What reasoning is wanted for."""
+
+    frame: Frame
+    record: Record
+    want: int  # index into answer.WANT
+    copy: int = 0  # the same may be asked again, for another text
+    reference: str = "organ"  # what locations are relative to
+
 
 INSTRUCTION = """You write short reasoning for training a model that answers questions about robotic surgery.
 You are given a frame, all that is known of it, a question and its true answer. Write 2 to 6 plain English sentences
@@ -64,10 +75,11 @@ class Teacher:
 
     def __post_init__(self):
         try:
-            url = httpx2.URL(self.url)
-        except httpx2.InvalidURL:
-            url = httpx2.URL("")
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+            parts = urlsplit(self.url)
+            plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.username or parts.query)
+        except ValueError:
+            plain = False
+        if not plain:
             raise InputError(f"the teacher's URL must be like http://localhost:8000/v1; a key belongs into {KEY}")
         if not all("!" <= char <= "~" for char in self.key):
             raise InputError(f"{KEY} holds a character that no key has; set it anew")
@@ -90,16 +102,19 @@ def write(teacher: Teacher, questions: Sequence[Question]) -> list[str | None]:
         return [cache.answers.get(key) for key in keys]
 
 
-def prompt(frame: Frame, record: Record, want: int) -> str:
+def prompt(question: Question) -> str:
     """What is asked about a frame: its labels, the question, and the answer to lead to."""
+    frame, record = question.frame, question.record
+    organs = {other.answer: other for other in frame.records if other.kind == vocabulary.ORGAN}
+    where = f" of the {', '.join(organs)}" if organs and question.reference == "organ" else ""
     lines = ["Known of this frame:"]
-    for other in frame.records:
-        if other.kind == vocabulary.ORGAN:
-            lines.append(f"- {other.answer}, the organ, box {traces.pixels(other.box, frame)}")
+    lines += [f"- {name}, the organ, box {traces.pixels(organ.box, frame)}" for name, organ in organs.items()]
     for one in traces.instruments(frame):
-        said = ", ".join(filter(None, (one.tool, one.state, one.place)))
+        said = ", ".join(filter(None, (one.tool, one.state, one.place and one.place + where)))
         lines.append(f"- {said}, box {traces.pixels(one.box, frame)}")
-    asked = {"answer": ("the answer",), "box": ("the box",), "both": ("the answer", "the box")}[answer.WANT[want]]
+    asked = {"answer": ("the answer",), "box": ("the box",), "both": ("the answer", "the box")}[
+        answer.WANT[question.want]
+    ]
     true = {"the answer": record.answer, "the box": traces.pixels(record.box, frame)}
     lines += ["", f"Question: {record.question}"]
     lines += [f"Lead to {part}: {true[part]}" for part in asked]
@@ -153,19 +168,20 @@ async def _answer(client: httpx2.AsyncClient, teacher: Teacher, question: Questi
 
 async def _attempt(client: httpx2.AsyncClient, teacher: Teacher, question: Question) -> str:
     """One request. Raises: _Failed, or InputError for what no repetition mends."""
-    image = {"type": "image_url", "image_url": {"url": _data_url(question[0].image)}}
+    image = {"type": "image_url", "image_url": {"url": _data_url(question.frame.image)}}
     body = {
         "model": teacher.model,
         "messages": [
             {"role": "system", "content": INSTRUCTION},
-            {"role": "user", "content": [image, {"type": "text", "text": prompt(*question)}]},
+            {"role": "user", "content": [image, {"type": "text", "text": prompt(question)}]},
         ],
         "max_tokens": teacher.max_tokens,
         "temperature": TEMPERATURE,
     }
     try:
-        reply = await client.post(f"{teacher.url.rstrip('/')}/chat/completions", json=body)
-    except (httpx2.TransportError, httpx2.DecodingError) as error:
+        async with asyncio.timeout(teacher.timeout_s):  # httpx's own starts anew with every byte
+            reply = await client.post(f"{teacher.url.rstrip('/')}/chat/completions", json=body)
+    except (TimeoutError, httpx2.TransportError, httpx2.DecodingError) as error:
         raise _Failed(type(error).__name__) from None
     status = reply.status_code
     if status in (408, 409, 425, 429) or status >= 500:
@@ -233,7 +249,7 @@ class _Cache:
 def _key(teacher: Teacher, question: Question) -> str:
     """A hash of all that decides an answer; where the server stands does not."""
     settings = (teacher.model, teacher.max_tokens, TEMPERATURE, INSTRUCTION)
-    asked = json.dumps([settings, prompt(*question), _image_hash(question[0].image)])
+    asked = json.dumps([settings, prompt(question), question.copy, _image_hash(question.frame.image)])
     return hashlib.sha256(asked.encode()).hexdigest()
 
 

@@ -38,10 +38,11 @@ def _moved(box: str, rng: random.Random) -> str:
     edges = [float(edge) for edge in box.strip("[]").split(",")]
     if rng.random() < 0.5:
         at = rng.randrange(4)
-        edges[at] += rng.choice((-1, 1)) * rng.randint(2, 60)
+        step = rng.choice((-1, 1)) * rng.randint(2, 60)
+        edges[at] += step if edges[at] + step >= 0 else -step
     else:
         edges = [edge + rng.randint(1, 9) for edge in edges]
-    return f"[{', '.join(f'{abs(edge):g}' for edge in edges)}]"
+    return f"[{', '.join(f'{edge:g}' for edge in edges)}]"
 
 
 def skeleton(sentence: str) -> str:
