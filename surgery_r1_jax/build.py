@@ -108,8 +108,8 @@ def run(
         raise InputError("no record is left; choose kinds with higher weights")
     reasoned = [item for item in items if item.reasoned]
     questions = [teacher.Question(item.frame, item.record, item.want, item.copy, rule.reference) for item in reasoned]
-    taught = teacher.write(ask, questions) if ask else []
-    texts = dict(zip((item.id for item in reasoned), taught, strict=False))
+    taught = teacher.write(ask, questions) if ask else [None] * len(questions)
+    texts = dict(zip((item.id for item in reasoned), taught, strict=True))
 
     part = out.with_name(out.name + ".part")
     _clear(part)
@@ -167,7 +167,7 @@ def _write(
         for item in _bar(items, "writing records"):
             row = _row(item)
             if item.reasoned:
-                text, origin, refused = _reasoning(item, texts.get(item.id), reference, seed)
+                text, origin, refused = _reasoning(item, texts[item.id], reference, seed)
                 count["refused"].update(f"{whose}: {reason}" for whose, reason in refused)
                 if text is None:
                     continue
@@ -178,7 +178,8 @@ def _write(
             count["asked"][vocabulary.KINDS[item.record.kind]] += 1
             count["splits"][row["split"]] += 1
             file.write(json.dumps(row) + "\n")
-            turns.setdefault(item.frame.id, {}).setdefault(item.number, []).append(row)
+            if dialogues:
+                turns.setdefault(item.frame.id, {}).setdefault(item.number, []).append(row)
     if dialogues:
         with (folder / "dialogues.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(_dialogue(name, rows, seed)) + "\n" for name, rows in turns.items())

@@ -144,6 +144,7 @@ def _names() -> dict[tuple[str, ...], _Mention]:
 
 
 _NAMES = _names()
+_FIRST_WORDS = {words[0] for words in _NAMES}
 _LONGEST_NAME = max(map(len, _NAMES))
 
 
@@ -181,16 +182,15 @@ def _in_words(text: str) -> Iterator[_Mention]:
 def _name_at(marked: list[tuple[str, str]], at: int) -> tuple[int, _Mention]:
     """The longest name that begins at a word, or the word itself; and how many words that is."""
     word = marked[at][0]
-    if word == "Suction":
-        return 1, _Mention(_STATE, frozenset({word}))
-    for length in range(min(_LONGEST_NAME, len(marked) - at), 0, -1):
+    if word in ("suction", "Suction"):
+        return 1, _Mention(_TOOL if word == "suction" else _STATE, frozenset({word}))
+    low = word.lower()
+    lengths = range(min(_LONGEST_NAME, len(marked) - at), 0, -1) if low in _FIRST_WORDS else ()
+    for length in lengths:
         part = marked[at : at + length]
         whole = all(mark.isalnum() for _, mark in part[:-1])  # no comma or stop within a name
         if whole and (found := _NAMES.get(tuple(word.lower() for word, _ in part))):
-            if found.value != {"Suction"}:
-                return length, found
-            return length, _Mention(_TOOL, frozenset({"suction"}))
-    low = word.lower()
+            return length, found
     for size in _STEM_SIZES:
         if states := _STEMS.get(low[:size]):
             return 1, _Mention(_STATE, frozenset(states))

@@ -38,7 +38,7 @@ ALONE = (
     "The T is the only instrument.",
     "The one instrument here is the T.",
     "The frame shows a single instrument, the T.",
-    "A single instrument is at work: the T.",
+    "A single instrument is here: the T.",
     "One instrument can be seen, the T.",
 )
 ORGAN = (
