@@ -65,15 +65,16 @@ class Encoder:
         """A question with its answer. `box` replaces the true one; `think` puts the reasoning in front."""
         resized = self.preprocessor.resized(frame.width, frame.height)
         shown = self.codec.encode(box or record.box, *resized)
+        traced = record.think or reasoning.write(frame, record)
         text = answer.render(
             answer=None if want == BOX else record.answer,
             box=None if want == ANSWER else shown,
-            think=self._reasoning(frame, record, shown) if think else None,
+            think=self._in_units(traced, frame, record, shown) if think else None,
         )
         return Branch(self.prompt(record, want), self.chat.completion_ids(text))
 
-    def _reasoning(self, frame: Frame, record: Record, shown: Sequence[int]) -> str:
-        """The record's reasoning with its boxes in the units of the answer, its own box as the answer shows it."""
+    def _in_units(self, text: str, frame: Frame, record: Record, shown: Sequence[int]) -> str:
+        """Reasoning with its boxes in the units of the answer, the record's own box as the answer shows it."""
         resized = self.preprocessor.resized(frame.width, frame.height)
         size = (frame.width, frame.height) * 2
         own = self.codec.encode(record.box, *resized)
@@ -82,7 +83,7 @@ class Encoder:
             units = self.codec.encode([edge / side for edge, side in zip(pixels, size, strict=True)], *resized)
             return shown if units == own else units
 
-        return answer.map_boxes(record.think or reasoning.write(frame, record), encode)
+        return answer.map_boxes(text, encode)
 
     def prompt(self, record: Record, want: int = BOTH) -> list[int]:
         """Token ids of a question alone, up to where the model answers."""
