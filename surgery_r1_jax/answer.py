@@ -36,7 +36,7 @@ The reader never raises and is linear in the length: it looks for fixed strings,
 import dataclasses
 import enum
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from surgery_r1_jax import vocabulary
 from surgery_r1_jax.errors import InputError
@@ -154,6 +154,26 @@ def parse(text: str, *, want: int = 2, truncated: bool = False, classes: Sequenc
         think_answers=_think_answers(think, classes),
         think_boxes=_think_boxes(think),
     )
+
+
+def read_box(text: str) -> Box | None:
+    """The box of four plain numbers with commas between them; None where the text is not one."""
+    return _box(text)[0]
+
+
+def map_boxes(text: str, change: Callable[[Box], Sequence[float]]) -> str:
+    """The text with every box `[x0, y0, x1, y1]` in it changed, as from pixels to the units of a codec."""
+    head, *pieces = text.split("[")
+    for piece in pieces:
+        inside, closed, rest = piece.partition("]")
+        box = read_box(inside) if closed else None
+        head += "[" + (piece if box is None else f"{', '.join(map(plain, change(box)))}]{rest}")
+    return head
+
+
+def plain(number: float) -> str:
+    """A number as a box in a text holds it: whole, or with at most two decimals."""
+    return f"{number:.2f}".rstrip("0").rstrip(".")
 
 
 class _Unreadable(Exception):

@@ -29,6 +29,21 @@ class Parser(argparse.ArgumentParser):
         self.flags += [name for name in action.option_strings if name.startswith("--")]
         return action
 
+    def sort(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """The command's own words and the overrides `--section.key=value` among them; refuses unknown flags."""
+        own, overrides = [], []
+        for word in words:
+            flag, equals, _ = word.partition("=")
+            if not word.startswith("--") or flag in self.flags:
+                own.append(word)
+            elif not self.takes_overrides or difflib.get_close_matches(flag, self.flags, 1, 0.8):
+                raise InputError(f"unknown flag '{flag}'; {nearest(flag, self.flags)}")
+            elif not equals:
+                raise InputError(f"unknown flag '{flag}'; to override a key of the configuration write {flag}=VALUE")
+            else:
+                overrides.append(word)
+        return own, overrides
+
     def error(self, message: str) -> NoReturn:
         """Refuse instead of leaving the program."""
         raise InputError(f"{message}; see {self.prog} --help")
@@ -73,3 +88,14 @@ def pixels(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and 0 < len(width) < 6 and 0 < len(height) < 6):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT as in 1280x1024, given '{text}'")
     return int(width), int(height)
+
+
+def weights(text: str) -> dict[str, float]:
+    """Reads names with a weight each, as in a,b=2,c=0.5; without one it is 1."""
+    read = {}
+    for part in text.split(","):
+        name, given, weight = part.strip().partition("=")
+        if not name or name in read:
+            raise argparse.ArgumentTypeError(f"expected different names as in a,b=2,c=0.5, given '{text}'")
+        read[name] = number(float, 0)(weight) if given else 1.0
+    return read

@@ -11,7 +11,6 @@ Anything else is a bug and keeps its traceback.
 """
 
 import argparse
-import difflib
 import errno
 import os
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from surgery_r1_jax import __version__
-from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels
+from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 SPLITS = ("train", "dev", "val", "all")
@@ -103,6 +102,27 @@ def _unpack(args: argparse.Namespace) -> None:
     with log.byte_bar("unpacking") as tell:
         files = archives.unpack(args.archive, args.directory, args.max_size, tell=tell)
     print(f"{args.archive}: {files} files unpacked to {args.directory}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from surgery_r1_jax import build, teacher
+
+    if bool(args.teacher) != bool(args.teacher_model):
+        raise InputError("--teacher URL and --teacher-model NAME go together; give both or neither")
+    ask = None
+    if args.teacher:
+        cache = args.teacher_cache or args.out.with_name(f"{args.out.name}.teacher.jsonl")
+        ask = teacher.Teacher(args.teacher, args.teacher_model, cache, jobs=args.teacher_jobs)
+    build.run(
+        args.source,
+        args.out,
+        kinds=args.kinds,
+        split=args.split,
+        seed=args.seed,
+        size=args.size,
+        dialogues=args.dialogues,
+        ask=ask,
+    )
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -245,6 +265,26 @@ def commands() -> dict[str, Parser]:
     add("directory", type=Path, metavar="DIR", help="new folder")
     add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
 
+    example = "data/EndoVis-18-VQLA data/train54k --kinds vqa_direct,grounding_direct,vqla_cot=2 --seed 0"
+    add = command(
+        "data build", _build, "Make a training set: each question in six kinds, half with reasoning.", example
+    )
+    add("source", type=Path, metavar="SOURCE", help="data set folder, or a list of labels without images")
+    add("out", type=Path, metavar="OUT", help="new folder: records, statistics, frames")
+    about = (
+        "kinds and records of each from a question: vqa, grounding or vqla, _direct or _cot (default: all, one each)"
+    )
+    add("--kinds", type=weights, metavar="KIND[=W],...", help=about)
+    add("--split", choices=SPLITS, default="all", help="what to take; each record tells its own (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
+    add("--size", type=pixels, default="1280x1024", metavar="WxH", help="frames of a list (default: %(default)s)")
+    add("--dialogues", action="store_true", help="also write each frame as one conversation (default: off)")
+    about = "OpenAI-compatible endpoint that writes the reasoning; key in SURGERY_R1_TEACHER_KEY (default: none)"
+    add("--teacher", metavar="URL", help=about)
+    add("--teacher-model", metavar="NAME", help="its model (default: none)")
+    add("--teacher-jobs", type=number(int, 1), default=8, metavar="N", help="requests at once (default: %(default)s)")
+    add("--teacher-cache", type=Path, metavar="FILE", help="keeps its answers (default: OUT.teacher.jsonl)")
+
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
@@ -342,26 +382,10 @@ def _run(argv: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(parser.format_help())
         return 0
-    words, overrides = _sort(parser, words)
+    words, overrides = parser.sort(words)
     args = parser.parse_args(words)
     args.overrides = overrides
     return args.handler(args) or 0
-
-
-def _sort(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
-    """A command's own words and the overrides `--section.key=value` among them; refuses unknown flags."""
-    own, overrides = [], []
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        if not word.startswith("--") or flag in parser.flags:
-            own.append(word)
-        elif not parser.takes_overrides or difflib.get_close_matches(flag, parser.flags, 1, 0.8):
-            raise InputError(f"unknown flag '{flag}'; {nearest(flag, parser.flags)}")
-        elif not equals:
-            raise InputError(f"unknown flag '{flag}'; to override a key of the configuration write {flag}=VALUE")
-        else:
-            overrides.append(word)
-    return own, overrides
 
 
 def _overview(table: dict[str, Parser]) -> str:

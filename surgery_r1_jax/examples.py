@@ -64,12 +64,26 @@ class Encoder:
     def branch(self, frame: Frame, record: Record, *, box: Box | None = None, think: bool, want: int = BOTH) -> Branch:
         """A question with its answer. `box` replaces the true one; `think` puts the reasoning in front."""
         resized = self.preprocessor.resized(frame.width, frame.height)
+        shown = self.codec.encode(box or record.box, *resized)
+        traced = record.think or reasoning.write(frame, record)
         text = answer.render(
             answer=None if want == BOX else record.answer,
-            box=None if want == ANSWER else self.codec.encode(box or record.box, *resized),
-            think=(record.think or reasoning.write(frame, record)) if think else None,
+            box=None if want == ANSWER else shown,
+            think=self._in_units(traced, frame, record, shown) if think else None,
         )
         return Branch(self.prompt(record, want), self.chat.completion_ids(text))
+
+    def _in_units(self, text: str, frame: Frame, record: Record, shown: Sequence[int]) -> str:
+        """Reasoning with its boxes in the units of the answer, the record's own box as the answer shows it."""
+        resized = self.preprocessor.resized(frame.width, frame.height)
+        size = (frame.width, frame.height) * 2
+        own = self.codec.encode(record.box, *resized)
+
+        def encode(pixels: Box) -> Sequence[int]:
+            units = self.codec.encode([edge / side for edge, side in zip(pixels, size, strict=True)], *resized)
+            return shown if units == own else units
+
+        return answer.map_boxes(text, encode)
 
     def prompt(self, record: Record, want: int = BOTH) -> list[int]:
         """Token ids of a question alone, up to where the model answers."""

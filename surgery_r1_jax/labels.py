@@ -29,7 +29,7 @@ class Record:
     kind: int  # index into vocabulary.KINDS
     tool: str | None  # the instrument asked about
     source: str  # "path:line"
-    think: str | None = None
+    think: str | None = None  # reasoning; the boxes in it are [x0, y0, x1, y1] in pixels of the frame
 
 
 @dataclass(frozen=True)

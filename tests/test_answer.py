@@ -610,3 +610,19 @@ def test_reading_touches_nothing_but_the_text():
     watch.on = False
     assert not events
     assert all((parsed.answer, parsed.box) in ((-1, None), (IDLE, None)) for parsed in results)
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("The kidney [1, 2, 3, 4].", "The kidney [10, 20, 30, 40]."),
+        ("[1,2,3,4][5, 6, 7, 8.25]", "[10, 20, 30, 40][50, 60, 70, 82.5]"),
+        (
+            "none [1, 2, 3] [4, 3, 2, 1] [[1, 2, 3, 4]] [1, 2, 3, 4",
+            "none [1, 2, 3] [4, 3, 2, 1] [[10, 20, 30, 40]] [1, 2, 3, 4",
+        ),
+        ("", ""),
+    ],
+)
+def test_every_box_in_a_text_can_be_changed_and_nothing_else(text, changed):
+    assert answer.map_boxes(text, lambda box: [10 * edge for edge in box]) == changed

@@ -23,6 +23,8 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "synth.write": ["seq_1/frame000"],
     "survey.main": 0,
     "archives.unpack": 7,
+    "build.run": {},
+    "teacher.Teacher": None,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -123,6 +125,19 @@ def refusal(capsys, *argv, status=2):
             {"tell": TELL},
         ),
         (
+            "data build d o",
+            "build.run",
+            (Path("d"), Path("o")),
+            {"kinds": None, "split": "all", "seed": 0, "size": (1280, 1024), "dialogues": False, "ask": None},
+        ),
+        (
+            "data build d o --kinds vqa_cot,vqla_cot=0.5 --split train --seed 3 --size 64x48 --dialogues",
+            "build.run",
+            (Path("d"), Path("o")),
+            {"kinds": {"vqa_cot": 1.0, "vqla_cot": 0.5}, "split": "train", "seed": 3, "size": (64, 48)}
+            | {"dialogues": True, "ask": None},
+        ),
+        (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
             (Path("k"), Path("d"), "dev", Path("f.json")),
@@ -132,7 +147,7 @@ def refusal(capsys, *argv, status=2):
             "export k h --max-shard-size 500MB",
             "checkpoint.export",
             (Path("k"), Path("h")),
-            {"dtype": "float32", "which": "best", "max_shard_bytes": 500_000_000, "tell": TELL},
+            {"dtype": "float32", "which": "best", "merge": False, "max_shard_bytes": 500_000_000, "tell": TELL},
         ),
         (
             "import h k --dtype bfloat16",
@@ -151,8 +166,16 @@ def refusal(capsys, *argv, status=2):
 def test_every_command_calls_its_module(calls, argv, name, args, options):
     assert cli.main(argv.split()) == 0
     assert calls[-1] == (name, args, options)
-    needs_devices = name not in ("synth.write", "survey.main", "archives.unpack", "report.run")
+    needs_devices = name not in ("synth.write", "survey.main", "archives.unpack", "build.run", "report.run")
     assert calls[:-1] == (["start_devices"] if needs_devices else [])
+
+
+def test_a_teacher_is_who_writes(calls):
+    words = "data build d o/train --teacher http://h/v1 --teacher-model m --teacher-jobs 3"
+    assert cli.main(words.split()) == 0
+    assert calls[0] == ("teacher.Teacher", ("http://h/v1", "m", Path("o/train.teacher.jsonl")), {"jobs": 3})
+    assert cli.main([*words.split(), "--teacher-cache", "c"]) == 0
+    assert calls[2][1] == ("http://h/v1", "m", Path("c"))
 
 
 @pytest.mark.parametrize("name", list(cli.commands()))
@@ -221,6 +244,12 @@ def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls,
         ("data synth d --frames 1 --size 0x", "error: argument --size: expected WIDTHxHEIGHT"),
         ("data synth d --frames 1 --balance 1.5", "error: argument --balance: expected a number from 0 to 1"),
         ("data synth d --frames 1 --balance nan", "error: argument --balance: expected a number from 0 to 1"),
+        (
+            "data build d o --kinds a,a",
+            "error: argument --kinds: expected different names as in a,b=2,c=0.5, given 'a,a'",
+        ),
+        ("data build d o --kinds a=x", "error: argument --kinds: expected a number of at least 0, given 'x'"),
+        ("data build d o --teacher http://h/v1", "error: --teacher URL and --teacher-model NAME go together"),
         ("ask --checkpoint k --image i", "error: the following arguments are required: QUESTION"),
         ("report --out r.html", "error: the following arguments are required: FILE.json"),
     ],

@@ -86,6 +86,22 @@ def lanes_of(example):
             yield example.branch_ids_BJT[j, at].tolist(), example.branch_pos_BJT[j, at].tolist(), j * T + at
 
 
+def test_boxes_in_the_reasoning_are_written_as_the_answer_s(encoder, frames):
+    """In the units of the model's family; the record's own is the very box of the answer, even a coarse one."""
+    frame = frames[0]
+    record, other = frame.records[0], next(r for r in frame.records if r.box != frame.records[0].box)
+    own, another = (
+        [round(edge * side) for edge, side in zip(r.box, (168, 112) * 2, strict=True)] for r in (record, other)
+    )
+    record = dataclasses.replace(record, think=f"Here is {another}, there {own}; [1, 2] is no box.")
+    resized = encoder.preprocessor.resized(frame.width, frame.height)
+    for slack in (None, (0.0, 0.0, 1.0, 1.0)):
+        branch = encoder.branch(frame, record, box=slack, think=True)
+        read = answer.parse(encoder.chat.decode(branch.completion))
+        assert read.format_ok and read.think.endswith("[1, 2] is no box.")
+        assert read.think_boxes == (encoder.codec.encode(other.box, *resized), read.box)
+
+
 @pytest.mark.parametrize("want", [ANSWER, BOX, BOTH])
 @pytest.mark.parametrize("think", [False, True])
 def test_prefix_and_branches_are_the_templates_conversation(encoder, tokenizer, frames, want, think):

@@ -12,7 +12,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 LOADERS = {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "torch.load", "os.system", "os.popen"}
 # Readers of model text search for fixed strings only; a pattern can take more than linear time.
-WITHOUT_PATTERNS = {"answer.py", "codec.py", "reasoning.py"}
+WITHOUT_PATTERNS = {"answer.py", "claims.py", "codec.py", "reasoning.py", "teacher.py"}
 
 
 def offences(source, name="any.py"):
