@@ -20,7 +20,7 @@ from pathlib import Path
 
 from surgery_r1_jax import __version__
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels
-from surgery_r1_jax.errors import InputError, NumericError, Preempted
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
@@ -363,7 +363,7 @@ example:
 def _refuse(reason: object, status: int, word: str = "error") -> int:
     """Print each line of a reason so that it cannot steer the terminal; the status."""
     for line in str(reason).splitlines():
-        print(f"{word}: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)}", file=sys.stderr)
+        print(f"{word}: {printable(line)}", file=sys.stderr)
     return status
 
 

@@ -9,7 +9,6 @@ Source of the preprocessing: transformers:models/qwen2_vl/image_processing_pil_q
 
 import json
 import math
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, one_line, printable
 
 MAX_PIXELS = 4096 * 4096  # refused from the header above this; a 1280x1024 frame is a twelfth of it
 MAX_ASPECT = 200
@@ -43,7 +42,7 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
     With `root`, a relative path starts there and the file, links followed, must lie inside.
     Raises: InputError `PATH: reason; remedy` for anything that is not a whole, plain PNG or JPEG.
     """
-    name = _printable(path)
+    name = printable(path)
     file = _regular_file(path, root)
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as image:  # reads the header only
@@ -53,12 +52,13 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
             if (pictures := getattr(image, "n_frames", 1)) > 1:
                 raise InputError(f"{name}: holds {pictures} pictures; save the one meant alone")
             image.load()
-            return _rgb(_upright(image))
+            picture = _rgb(_upright(image))
+            picture.info.clear()  # comments and profiles stay in the file, whatever is made of the picture
+            return picture
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: not a whole PNG or JPEG ({reason}); replace the file") from error
+        raise InputError(f"{name}: not a whole PNG or JPEG ({one_line(error)}); replace the file") from error
 
 
 def blank(width: int, height: int) -> Image.Image:
@@ -68,7 +68,7 @@ def blank(width: int, height: int) -> Image.Image:
 
 def _regular_file(path: str | Path, root: str | Path | None) -> Path:
     """The resolved path of an ordinary file, inside `root` where one is given; opens nothing."""
-    name = _printable(path)
+    name = printable(path)
     try:
         file = (Path(path) if root is None else Path(root) / path).resolve()
         if root is not None and not file.is_relative_to(Path(root).resolve()):
@@ -79,11 +79,6 @@ def _regular_file(path: str | Path, root: str | Path | None) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{name}: cannot be opened ({reason}); check the path") from error
     return file
-
-
-def _printable(path: str | Path) -> str:
-    """The path on one line: it may come from a label file and hold any character."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in os.fspath(path))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -164,8 +159,10 @@ class Preprocessor:
             )
         except KeyError as error:
             raise InputError(f"{file}: no entry {error}; take the file of the original checkpoint") from error
-        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{file}: {error}; take the file of the original checkpoint") from error
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}; take the file of the original checkpoint") from error
+        except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
+            raise InputError(f"{file}: {one_line(error)}; take the file of the original checkpoint") from error
 
     def to_folder(self, folder: str | Path) -> Path:
         """Write preprocessor_config.json, with the pixel bounds in the old and in the new spelling."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from surgery_r1_jax import vocabulary
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, printable
 
 Box = tuple[float, float, float, float]  # xyxy in [0, 1] on the original frame, x0 < x1, y0 < y1
 
@@ -88,11 +88,6 @@ def parse_line(
     tool = topic if kind in (vocabulary.STATE, vocabulary.LOCATION) else None
     record = Record(vocabulary.ask(kind, topic), classes[index], box, kind, tool, source)
     return record, Problem("warning", at_box, f"{outside}; it is clipped") if outside else None
-
-
-def printable(text: object) -> str:
-    """Text on one line; labels and paths may hold any character."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def _parse_box(text: str, source: str, width: int, height: int) -> tuple[Box, str | None]:
