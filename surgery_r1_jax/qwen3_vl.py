@@ -60,7 +60,8 @@ def tower_config(tower) -> vision_qwen3.Config:
     supported("vision_config.num_position_embeddings", places, math.isqrt(places) ** 2)
     deep = tower.deepstack_visual_indexes
     if not isinstance(deep, list | tuple) or not set(deep) <= set(range(tower.depth)) or len(set(deep)) < len(deep):
-        raise ValueError(f"vision_config.deepstack_visual_indexes {deep} must be layers below depth {tower.depth}")
+        what = f"vision_config.deepstack_visual_indexes {deep} must be layers below depth {tower.depth}"
+        raise ValueError(f"{what}; copy the file from the checkpoint")
     return vision_qwen3.Config(
         **same(tower, (*TOWER, "hidden_size", "intermediate_size", "out_hidden_size")),
         **whole_image(tower),

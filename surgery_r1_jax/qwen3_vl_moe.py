@@ -31,7 +31,8 @@ def text_config(text) -> decoder.Config:
     supported("mlp_only_layers", list(text.mlp_only_layers or ()), [])
     mixture = Mixture(*same(text, ("num_experts", "num_experts_per_tok")).values())
     if mixture.used > mixture.experts:
-        raise ValueError(f"num_experts_per_tok {mixture.used} is above num_experts {mixture.experts}")
+        what = f"num_experts_per_tok {mixture.used} is above num_experts {mixture.experts}"
+        raise ValueError(f"{what}; copy the file from the checkpoint")
     width = size("moe_intermediate_size", text.moe_intermediate_size)
     return dataclasses.replace(qwen3_vl.text_config(text), intermediate_size=width, mlp=mixture)
 
