@@ -12,7 +12,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_LIST_BYTES = 1 << 20
 # As sha256sum writes it, plainly or with --tag; or the sum alone, in FILE.sha256.
 _SUM = re.compile(
-    r"\\?(?P<sum>[0-9a-fA-F]{64})(?: [ *](?P<name>.+))?|SHA256 \((?P<tagged>.+)\) = (?P<tag>[0-9a-f]{64})"
+    r"\\?(?P<sum>[0-9a-fA-F]{64})(?: [ *](?P<name>.+))?|SHA256 \((?P<tagged>.+)\) = (?P<tag>[0-9a-fA-F]{64})"
 )
 
 
@@ -36,16 +36,21 @@ def check_sums(folder: Path, paths: Iterable[Path]) -> None:
 
     Raises: InputError naming the file whose bytes are others or which alone is in no list, or a list's line.
     """
-    wanted = dict(line for path in sorted(folder.iterdir()) if _is_list(path) for line in _sums(path))
-    paths = list(paths)
-    if not wanted.keys() & {path.name for path in paths}:
+    wanted: dict[str, list[tuple[str, str]]] = {path.name: [] for path in paths}
+    for listed in sorted(filter(_is_list, folder.iterdir())):
+        for name, where, given in _sums(listed):
+            if Path(name).name in wanted and Path(name).parent.name in ("", folder.name):
+                wanted[Path(name).name].append((where, given))
+    if not any(wanted.values()):
         return
-    for path in paths:
-        where, given = wanted.get(path.name, (None, None))
-        if where is None:
+    for name, lines in wanted.items():
+        path = folder / name
+        if not lines:
             raise InputError(f"{path}: in no list of SHA-256 sums, though others are; complete the list or remove it")
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != given:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        for where, given in lines:
+            if found != given:
                 raise InputError(f"{path}: its SHA-256 is not the one in {where}; copy the file again")
 
 
@@ -54,7 +59,7 @@ def _is_list(path: Path) -> bool:
     return path.is_file() and (name in ("sha256sum", "sha256sums") or name.endswith((".sha256", ".sha256sum")))
 
 
-def _sums(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+def _sums(path: Path) -> Iterator[tuple[str, str, str]]:
     """Of each line of a list the file's name, where the line stands, and the sum."""
     if path.stat().st_size > MOST_LIST_BYTES:
         raise InputError(f"{path}: too long for a list of SHA-256 sums; remove it")
@@ -65,4 +70,4 @@ def _sums(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
             reason = "not a line as sha256sum writes it; mend it, or remove the list"
             raise InputError(f"{printable(path)}:{number}: {reason}")
         name = found["name"] or found["tagged"] or path.stem
-        yield Path(name).name, (f"{path.name}:{number}", (found["sum"] or found["tag"]).lower())
+        yield name, f"{path.name}:{number}", (found["sum"] or found["tag"]).lower()

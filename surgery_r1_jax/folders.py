@@ -3,6 +3,7 @@
 Looks at the names of files and into config.json; opens no weights.
 """
 
+import collections
 import itertools
 import json
 from collections.abc import Collection, Iterator
@@ -13,7 +14,7 @@ from surgery_r1_jax.errors import InputError, one_line, printable
 
 WANTED = "give a Hugging Face folder of a Qwen-VL model, or a run directory"
 LEVELS = 3  # up and down, where a model is looked for: run/checkpoints/100/state, cache/models--Qwen/snapshots/c0ffee
-MOST_FOLDERS = 300  # that are looked into
+MOST_FOLDERS, MOST_ENTRIES = 300, 10_000  # that are looked at, and of each of them
 MOST_LAYERS = 10_000  # transformers writes a list as long as there are layers
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DATA_FILES, DATA_FOLDERS = ("records.jsonl", "records.csv", "data.json"), {"vqla", "left_frames"}
@@ -35,7 +36,7 @@ def model_type(folder: Path, known: Collection[str]) -> str:
         raise InputError(f"{path}: not a JSON object ({one_line(problem)}); copy it from the checkpoint") from None
     reason = None
     if not isinstance(found, str) or found not in known:
-        seeing = {"vision_config", "thinker_config", "visual"} & entries.keys()
+        seeing = any(entries.get(part) for part in ("vision_config", "thinker_config", "visual"))
         kind = "" if seeing or not isinstance(found, str) else ", a model of text alone,"
         reason = f"model_type '{found}'{kind} is not supported; supported: {', '.join(known)}"
     elif quantized is not None or (folder / "quantize_config.json").exists():
@@ -59,7 +60,7 @@ def without_weights(folder: Path, wanted: str) -> str:
     """Why a folder with a config.json holds none of the files `wanted`, and the remedy."""
     if gguf := _first(folder, "*.gguf"):
         return _gguf(gguf)
-    if (folder.parent / "best").is_dir() or (folder.parent / "checkpoints").is_dir():
+    if folder.name == "model" and any((folder.parent / name).is_dir() for name in ("best", "checkpoints")):
         return f"configuration and tokenizer of a run, whose weights lie elsewhere; give {folder.parent}"
     if pickled := next(filter(None, (_first(folder, pattern) for pattern in PICKLED)), None):
         why = "it can run code when it is opened"
@@ -105,8 +106,13 @@ def _first(folder: Path, pattern: str) -> str | None:
 
 def _below(folder: Path) -> Iterator[Path]:
     """Folders inside a folder, nearest first; hidden and linked ones are left out."""
-    level = [folder]
-    for _ in range(LEVELS):
-        entries = itertools.chain.from_iterable(sorted(path.iterdir()) for path in level)
-        level = [path for path in entries if path.is_dir() and not path.is_symlink() and path.name[0] != "."]
-        yield from level
+    waiting = collections.deque([(folder, LEVELS)])
+    while waiting:
+        here, levels = waiting.popleft()
+        try:
+            entries = sorted(itertools.islice(here.iterdir(), MOST_ENTRIES))
+        except OSError:
+            continue
+        inside = [path for path in entries if path.name[0] != "." and path.is_dir() and not path.is_symlink()]
+        yield from inside
+        waiting += [(path, levels - 1) for path in inside if levels > 1]

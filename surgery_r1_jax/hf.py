@@ -55,7 +55,7 @@ def read_config(folder: Path) -> model.Config:
         raise errors.InputError(f"{path}: {why}; copy the file from the checkpoint") from None
     try:
         return family.architecture(whole)
-    except (ValueError, errors.InputError) as problem:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, errors.InputError) as problem:
         raise errors.InputError(f"{path}: {errors.one_line(problem)}") from None
 
 

@@ -127,7 +127,11 @@ def spoiled_after_sums(folder):
 
 
 SUPPORTED = "supported: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"
-TEXT_ALONE = {"vision_config": None}
+
+
+def text_alone(folder):
+    return configured(folder, lambda c: c["text_config"] | {"model_type": "qwen2"})
+
 
 # What was done to a folder: where the error line points, and what it says.
 MISTAKES = {
@@ -169,7 +173,7 @@ MISTAKES = {
     ),
     "FP8": (entries(quantization_config={"quant_method": "fp8"}), "weights quantized by fp8 are not read; take"),
     "old GPTQ": (lambda f: write(f / "quantize_config.json", "{}").parent, "weights quantized are not read; take"),
-    "Qwen2": (entries(model_type="qwen2", **TEXT_ALONE), f"model_type 'qwen2' is not supported; {SUPPORTED}"),
+    "Qwen2": (text_alone, f"model_type 'qwen2', a model of text alone, is not supported; {SUPPORTED}"),
     "Qwen3.5": (entries(model_type="qwen3_5"), f"model_type 'qwen3_5' is not supported; {SUPPORTED}"),
     "Qwen3-Omni": (entries(model_type="qwen3_omni_moe"), f"model_type 'qwen3_omni_moe' is not supported; {SUPPORTED}"),
     "no family": (entries(model_type=None), f"model_type 'None' is not supported; {SUPPORTED}"),
