@@ -272,12 +272,10 @@ def commands() -> dict[str, Parser]:
     )
 
     example = "checkpoints/Qwen2.5-VL-3B-Instruct imported/qwen2_5_3b"
-    about = (
-        "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts.\n"
-        "Where the folder has SHA-256 sums (SHA256SUMS, *.sha256), its weights must have these."
-    )
+    about = "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts."
     add = command("import", _import, about, example)
-    add("hf_dir", type=Path, metavar="HF_DIR", help="folder with config, safetensors, tokenizer")
+    sums = "weights are held against its SHA256SUMS or *.sha256, if any"
+    add("hf_dir", type=Path, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
     add("out", type=Path, metavar="OUT", help="new run directory")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
 
