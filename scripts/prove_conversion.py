@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from surgery_r1_jax import hf, tensors, tiny
+from surgery_r1_jax import hf, images, tensors, tiny
 
 GIB = 2**30
 ROPE = dict(rope_type="default", rope_theta=1e6)
@@ -60,10 +60,12 @@ def write_random(folder: Path, shape: str) -> None:
 
     name, words, tower = SHAPES[shape]
     tiny.write_folder(folder)
-    getattr(transformers, name)(text_config=words, vision_config=tower, tie_word_embeddings=True).save_pretrained(
-        folder
-    )
+    image = json.loads((folder / "config.json").read_text("utf-8"))["image_token_id"]
+    whole = dict(text_config=words, vision_config=tower, tie_word_embeddings=True, image_token_id=image)
+    getattr(transformers, name)(**whole).save_pretrained(folder)
     settings = hf.read_config(folder)
+    bounds = (4 * 28 * 28, 1280 * 28 * 28)
+    images.Preprocessor(settings.vision.patch_size, 2, 2, *bounds, tiny.MEAN, tiny.STD).to_folder(folder)
     rng = np.random.default_rng(0)
     layout = hf.file_layout(settings)
     values = (rng.standard_normal(size, np.float32).astype(ml_dtypes.bfloat16) for _, size in layout)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from surgery_r1_jax.errors import InputError, one_line
-from surgery_r1_jax.labels import printable
+from surgery_r1_jax.errors import InputError, one_line, printable
 
 _CHUNK = 1 << 18  # bytes copied at once
 _MEMBERS = 200_000  # files and folders

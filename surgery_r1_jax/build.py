@@ -31,8 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from surgery_r1_jax import answer, labellist, location, records, teacher, tracecheck, traces, vocabulary
-from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.labels import printable
+from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.records import Box, Frame, Record
 
 # What is wanted (index into answer.WANT), and whether reasoning stands in front.

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax import files
+from surgery_r1_jax.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import transformers
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or the other two
 _CACHED_TEXTS = 1 << 18  # the short texts of a data set fit; beyond that they are encoded anew
 
 # What stands for the texts while a template is read. Some templates rewrite reasoning: the answer has some.
@@ -67,7 +69,7 @@ class Chat:
             constants = _constants(functools.partial(_render, loaded, _template(folder, loaded)), control)
         except Exception as error:  # a template can fail in any way
             raise InputError(
-                f"{folder}: cannot use its chat template ({_line(error)}); take the one of a Qwen2.5-VL checkpoint"
+                f"{folder}: cannot use its chat template ({one_line(error)}); take the one of a Qwen2.5-VL checkpoint"
             ) from error
         if loaded.pad_token_id is None:
             raise InputError(f"{folder}: tokenizer_config.json names no pad_token; add one")
@@ -156,12 +158,19 @@ class Chat:
 def _load(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     if not folder.is_dir():  # transformers would take it for the name of a repository
         raise InputError(f"{folder}: no such folder; give the folder of a Qwen2.5-VL checkpoint")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            files.check_fetched(folder / name)
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in TOKENIZER_FILES[1:]):
+        # transformers would make do with the control tokens of tokenizer_config.json
+        raise InputError(f"{folder}: no usable tokenizer (no tokenizer.json); copy the checkpoint's own files")
     import transformers  # seconds: a mistake in a configuration is answered before
 
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds on a bad folder
-        raise InputError(f"{folder}: no usable tokenizer ({_line(error)}); copy the checkpoint's own files") from error
+        why = f"no usable tokenizer ({one_line(error)})"
+        raise InputError(f"{folder}: {why}; copy the checkpoint's own files") from error
 
 
 def _control_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
@@ -221,7 +230,3 @@ def _constants(render: Callable[[int, bool], str], control: dict[str, int]) -> t
         if not text.startswith(tuple(control)) or not text.endswith(("\n", *control)):
             raise ValueError(f"{text!r} does not begin with a control token and end with one or a line feed")
     return head, turn, vision, reply, stop
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

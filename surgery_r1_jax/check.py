@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery_r1_jax import floors, images, labels, leaks, lengths, likeness, location, records, spaces, vocabulary
+from surgery_r1_jax import (
+    errors,
+    floors,
+    images,
+    labels,
+    leaks,
+    lengths,
+    likeness,
+    location,
+    records,
+    spaces,
+    vocabulary,
+)
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.labels import Problem
@@ -172,7 +184,7 @@ def _look(frame: Frame, strict: bool) -> _Look:
     try:
         image, changes = images.read(frame.image)
     except InputError as error:
-        reason = str(error).removeprefix(f"{labels.printable(frame.image)}: ")
+        reason = str(error).removeprefix(f"{errors.printable(frame.image)}: ")
         return _Look([Problem("error", path, reason)], [], None)
     problems = [Problem("error" if strict else "warning", path, change, path) for change in changes]
     width, height = image.size

@@ -252,6 +252,7 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     """
     source, out = Path(source), Path(out)
     settings, mesh = hf.read_config(source), sharding.make_mesh()
+    hf.encoder_of(source, settings)  # what would be refused at every start from it is refused here
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if (out / "model" / "config.json").exists() or held - {"best", "model"} or out.is_file():
         raise errors.InputError(f"{out}: already exists; give a new folder")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from surgery_r1_jax import __version__
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
-from surgery_r1_jax.errors import InputError, NumericError, Preempted
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
@@ -334,7 +334,8 @@ def commands() -> dict[str, Parser]:
     example = "checkpoints/Qwen2.5-VL-3B-Instruct imported/qwen2_5_3b"
     about = "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts."
     add = command("import", _import, about, example)
-    add("hf_dir", type=Path, metavar="HF_DIR", help="folder with config, safetensors, tokenizer")
+    sums = "weights are held against its SHA256SUMS or *.sha256, if any"
+    add("hf_dir", type=Path, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
     add("out", type=Path, metavar="OUT", help="new run directory")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
 
@@ -407,7 +408,7 @@ example:
 def _refuse(reason: object, status: int, word: str = "error") -> int:
     """Print each line of a reason so that it cannot steer the terminal; the status."""
     for line in str(reason).splitlines():
-        print(f"{word}: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)}", file=sys.stderr)
+        print(f"{word}: {printable(line)}", file=sys.stderr)
     return status
 
 

@@ -24,7 +24,6 @@ from surgery_r1_jax import (
     evaluate,
     families,
     hf,
-    labels,
     lora,
     memory,
     model,
@@ -92,7 +91,7 @@ def describe(path: str | Path) -> int:
     folder = checkpoint.folder_of(path)
     architecture = hf.read_config(folder)
     encoder, family = evaluate.encoder_of(folder, architecture), families.of(architecture)
-    print(f"{path}: {family.title}, model_type {family.model_type}")
+    print(f"{errors.printable(path)}: {family.title}, model_type {family.model_type}")
     stored, sizes = json.loads((folder / "config.json").read_text("utf-8")), _part_sizes(architecture)
     head = "the embedding" if architecture.tie_word_embeddings else "a matrix of its own"
     parts = [(part, f"{sizes[part]:>16,}") for part in model.PARTS] + [("all", f"{sizes.total():>16,}")]
@@ -218,7 +217,7 @@ def _require(folder: Path, root: Path) -> None:
     if not root.is_dir():
         lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
     if lines:
-        raise errors.InputError("\n".join(map(labels.printable, lines)))
+        raise errors.InputError("\n".join(map(errors.printable, lines)))
 
 
 def _part_sizes(architecture: model.Config, adapted: options.Lora = options.Lora()) -> Counter:
@@ -308,6 +307,6 @@ def _gib(size: int) -> str:
 
 
 def _section(title: str, about: str, rows: Sequence[tuple[str, str]]) -> None:
-    print(f"\n{title}: {labels.printable(str(about))}")
+    print(f"\n{title}: {errors.printable(about)}")
     for name, value in rows:
-        print(f"  {name:<12}{value}")
+        print(f"  {name:<12}{errors.printable(value)}")

@@ -19,6 +19,11 @@ class Preempted(Exception):
     exit_status = 75
 
 
+def printable(text: object) -> str:
+    """Text on one line that cannot steer a terminal; names and paths may hold any character."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
 def one_line(problem: Exception) -> str:
     """What another library says of a problem, as one short line."""
-    return " ".join(str(problem).split())[:200] or type(problem).__name__
+    return printable(" ".join(str(problem).split())[:200]) or type(problem).__name__

@@ -21,11 +21,9 @@ from surgery_r1_jax import (
     checkpoint,
     errors,
     examples,
-    families,
     files,
     floors,
     grade,
-    images,
     metrics,
     model,
     options,
@@ -35,7 +33,7 @@ from surgery_r1_jax import (
     sharding,
     vocabulary,
 )
-from surgery_r1_jax.chat import Chat
+from surgery_r1_jax.hf import encoder_of
 from surgery_r1_jax.records import Box, Frame, Record
 
 
@@ -47,26 +45,6 @@ class Runner(NamedTuple):
     encoder: examples.Encoder
     vocabulary: sampling.Vocabulary
     shard: pipeline.Shard
-
-
-def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
-    """Tokenizer, preprocessor and box codec of a Hugging Face folder.
-
-    Raises: InputError where its files do not belong together.
-    """
-    chat, preprocessor, tower = Chat.from_folder(folder), images.Preprocessor.from_folder(folder), settings.vision
-    for what, found, wanted in (
-        ("image token", chat.image_id, settings.image_token_id),
-        ("patch_size", preprocessor.patch_size, tower.patch_size),
-        ("merge_size", preprocessor.merge_size, tower.spatial_merge_size),
-        ("temporal_patch_size", preprocessor.temporal_patch_size, tower.temporal_patch_size),
-    ):
-        if found != wanted:
-            raise errors.InputError(
-                f"{folder}: {what} is {found} in its tokenizer or preprocessor files and {wanted} in config.json; take "
-                "all of them from one checkpoint"
-            )
-    return examples.Encoder(chat, preprocessor, families.of(settings).codec, window_side=tower.window_side)
 
 
 def runner_of(

@@ -20,8 +20,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from surgery_r1_jax import errors, families, files, model, tensors, vision, weights
-from surgery_r1_jax.family import supported
+from surgery_r1_jax import chat, errors, examples, families, files, folders, images, model, tensors, vision, weights
 from surgery_r1_jax.weights import Form, turned
 
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
@@ -51,22 +50,41 @@ def read_config(folder: Path) -> model.Config:
     from transformers import AutoConfig
 
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise errors.InputError(f"{folder}: no config.json; give a Hugging Face folder of a Qwen-VL model")
-    try:
-        model_type = json.loads(path.read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError) as problem:
-        why = errors.one_line(problem)
-        raise errors.InputError(f"{path}: not a JSON object ({why}); copy it from the checkpoint") from None
-    if model_type not in families.FAMILIES:
-        known = ", ".join(families.FAMILIES)
-        raise errors.InputError(f"{path}: model_type '{model_type}' is not supported; supported: {known}")
+    family = families.FAMILIES[folders.model_type(Path(folder), families.FAMILIES)]
     try:
         whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        supported("quantization_config", getattr(whole, "quantization_config", None), None)
-        return families.FAMILIES[model_type].architecture(whole)
-    except Exception as problem:  # transformers raises many kinds on a bad file
+    except Exception as problem:  # of many kinds
+        why = f"transformers cannot read it ({errors.one_line(problem)})"
+        raise errors.InputError(f"{path}: {why}; copy the file from the checkpoint") from None
+    try:
+        return family.architecture(whole)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, errors.InputError) as problem:
         raise errors.InputError(f"{path}: {errors.one_line(problem)}") from None
+
+
+def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
+    """Tokenizer, preprocessor and box codec of a Hugging Face folder.
+
+    Raises: InputError where its files do not belong together.
+    """
+    words, preprocessor, tower = chat.Chat.from_folder(folder), images.Preprocessor.from_folder(folder), settings.vision
+    for what, found, wanted in (
+        ("image token", words.image_id, settings.image_token_id),
+        ("patch_size", preprocessor.patch_size, tower.patch_size),
+        ("merge_size", preprocessor.merge_size, tower.spatial_merge_size),
+        ("temporal_patch_size", preprocessor.temporal_patch_size, tower.temporal_patch_size),
+    ):
+        if found != wanted:
+            raise errors.InputError(
+                f"{folder}: {what} is {found} in its tokenizer or preprocessor files and {wanted} in config.json; take "
+                "all of them from one checkpoint"
+            )
+    if words.vocab_size > (rows := settings.text.vocab_size):
+        raise errors.InputError(
+            f"{folder}: the tokenizer has ids up to {words.vocab_size - 1}, config.json {rows} vocabulary rows; take "
+            "both from one checkpoint"
+        )
+    return examples.Encoder(words, preprocessor, families.of(settings).codec, window_side=tower.window_side)
 
 
 Take = Callable[[list[str]], jax.Array]  # gives a parameter by its path
@@ -111,8 +129,9 @@ def read_params(
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if left_over := sorted(stored):
+        named = ", ".join(map(errors.printable, left_over[:3]))
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
-        raise errors.InputError(f"{folder}: unknown tensors {', '.join(left_over[:3])}{more}; they match no parameter")
+        raise errors.InputError(f"{folder}: unknown tensors {named}{more}; they match no parameter")
     return unflatten_dict(params)
 
 

@@ -9,7 +9,6 @@ Source of the preprocessing: transformers:models/qwen2_vl/image_processing_pil_q
 
 import json
 import math
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, one_line, printable
 
 MAX_PIXELS = 4096 * 4096  # refused from the header above this; a 1280x1024 frame is a twelfth of it
 MAX_ASPECT = 200
@@ -51,7 +50,7 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
 
 def read(path: str | Path, *, root: str | Path | None = None) -> tuple[Image.Image, list[str]]:
     """As `load`, and in words what the reading rule had to change about the picture; most often nothing."""
-    name = _printable(path)
+    name = printable(path)
     file = _regular_file(path, root)
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as image:  # reads the header only
@@ -62,12 +61,14 @@ def read(path: str | Path, *, root: str | Path | None = None) -> tuple[Image.Ima
                 raise InputError(f"{name}: holds {pictures} pictures; save the one meant alone")
             deep = ";16" in str(image.tile[0].args)  # as the header says; decoding may already cut it to 8
             image.load()
-            return _rgb(_upright(image)), list(_changes(image, file, deep))
+            changes = list(_changes(image, file, deep))
+            picture = _rgb(_upright(image))
+            picture.info.clear()  # comments and profiles stay in the file, whatever is made of the picture
+            return picture, changes
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: not a whole PNG or JPEG ({reason}); replace the file") from error
+        raise InputError(f"{name}: not a whole PNG or JPEG ({one_line(error)}); replace the file") from error
 
 
 def blank(width: int, height: int) -> Image.Image:
@@ -77,7 +78,7 @@ def blank(width: int, height: int) -> Image.Image:
 
 def _regular_file(path: str | Path, root: str | Path | None) -> Path:
     """The resolved path of an ordinary file, inside `root` where one is given; opens nothing."""
-    name = _printable(path)
+    name = printable(path)
     try:
         file = (Path(path) if root is None else Path(root) / path).resolve()
         if root is not None and not file.is_relative_to(Path(root).resolve()):
@@ -88,11 +89,6 @@ def _regular_file(path: str | Path, root: str | Path | None) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{name}: cannot be opened ({reason}); check the path") from error
     return file
-
-
-def _printable(path: str | Path) -> str:
-    """The path on one line: it may come from a label file and hold any character."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in os.fspath(path))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -187,8 +183,10 @@ class Preprocessor:
             )
         except KeyError as error:
             raise InputError(f"{file}: no entry {error}; take the file of the original checkpoint") from error
-        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{file}: {error}; take the file of the original checkpoint") from error
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}; take the file of the original checkpoint") from error
+        except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
+            raise InputError(f"{file}: {one_line(error)}; take the file of the original checkpoint") from error
 
     def to_folder(self, folder: str | Path) -> Path:
         """Write preprocessor_config.json, with the pixel bounds in the old and in the new spelling."""

@@ -6,8 +6,8 @@ Reasoning can be written from it before the frames are at hand.
 import logging
 from pathlib import Path
 
-from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.labels import Problem, Record, Refused, parse_line, printable
+from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.labels import Problem, Record, Refused, parse_line
 from surgery_r1_jax.records import Frame
 
 SIZE = (1280, 1024)  # of the frames of EndoVis-18 and EndoVis-17

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from surgery_r1_jax import vocabulary
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, printable
 
 Box = tuple[float, float, float, float]  # xyxy in [0, 1] on the original frame, x0 < x1, y0 < y1
 
@@ -87,11 +87,6 @@ def parse_line(
     box, warning = _parse_box(corners, at_box, width, height, strict)
     tool = topic if kind in (vocabulary.STATE, vocabulary.LOCATION) else None
     return Record(vocabulary.ask(kind, topic), classes[index], box, kind, tool, source), warning
-
-
-def printable(text: object) -> str:
-    """Text on one line; labels and paths may hold any character."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def _parse_box(text: str, source: str, width: int, height: int, strict: bool) -> tuple[Box, Problem | None]:

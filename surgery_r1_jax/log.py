@@ -39,7 +39,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, printable
 
 LIVE = (
     "loss",
@@ -222,17 +222,29 @@ class RunLog:
 @contextlib.contextmanager
 def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for weights: gives a function to be told of a tensor, and how many bytes of how many are done."""
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=20, table_column=whole),
+        DownloadColumn(table_column=whole),
+        TransferSpeedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn(
+            "{task.fields[tensor]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None, tensor="")
-        yield lambda tensor, done, total: bar.update(task, completed=done, total=total, tensor=tensor)
+    bar = Progress(*columns, console=Console(stderr=True), expand=True)
+    task = bar.add_task(description, total=None, tensor="")
+
+    def tell(tensor: str, done: int, total: int) -> None:
+        bar.start()  # no bar before there is something to tell: a mistake is a line alone
+        bar.update(task, completed=done, total=total, tensor=printable(tensor))
+
+    try:
+        yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Source: transformers:models/qwen2_5_vl.
 """
 
 from surgery_r1_jax import codec, decoder, vision, weights
-from surgery_r1_jax.family import TEXT, TOWER, Family, head_dim, same, sections, supported
+from surgery_r1_jax.family import TOWER, Family, same, sections, supported, text_sizes
 
 NAMES: weights.Names = {
     **weights.attention("model", bias=True),
@@ -22,9 +22,7 @@ def text_config(text) -> decoder.Config:
     supported("use_sliding_window", bool(text.use_sliding_window), False)
     supported("hidden_act", text.hidden_act, "silu")
     return decoder.Config(
-        **same(text, TEXT),
-        head_dim=head_dim(text),
-        rope_theta=float(text.rope_parameters["rope_theta"]),
+        **text_sizes(text),
         rope_axes=tuple(axis for axis, count in enumerate(sections(text)) for _ in range(count)),
     )
 

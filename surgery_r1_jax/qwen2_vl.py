@@ -6,7 +6,7 @@ Source: transformers:models/qwen2_vl.
 import functools
 
 from surgery_r1_jax import codec, layers, qwen2_5_vl, vision, weights
-from surgery_r1_jax.family import TOWER, Family, same, supported, whole_image
+from surgery_r1_jax.family import TOWER, Family, same, size, supported, whole_image
 
 QUICK_MLP = functools.partial(layers.MLP, activation=layers.quick_gelu)
 
@@ -27,8 +27,8 @@ def tower_config(tower) -> vision.Config:
     return vision.Config(
         **same(tower, TOWER),
         **whole_image(tower),
-        hidden_size=tower.embed_dim,
-        intermediate_size=int(tower.embed_dim * tower.mlp_ratio),
+        hidden_size=size("vision_config.embed_dim", tower.embed_dim),
+        intermediate_size=size("vision_config: embed_dim x mlp_ratio", int(tower.embed_dim * tower.mlp_ratio)),
         out_hidden_size=tower.hidden_size,
         norm=layers.LayerNorm,
         mlp=QUICK_MLP,

@@ -4,11 +4,12 @@ Source: transformers:models/qwen3_vl.
 """
 
 import functools
+import math
 
 import jax
 
 from surgery_r1_jax import codec, decoder, layers, vision_qwen3, weights
-from surgery_r1_jax.family import TEXT, TOWER, Family, head_dim, same, sections, supported, whole_image
+from surgery_r1_jax.family import TOWER, Family, same, sections, size, supported, text_sizes, whole_image
 
 GELU_MLP = functools.partial(layers.MLP, activation=jax.nn.gelu)  # the tanh approximation, as jax has it by default
 LAYER = "model.language_model.layers.{i}"
@@ -38,12 +39,14 @@ def text_config(text) -> decoder.Config:
     supported("hidden_act", text.hidden_act, "silu")
     time, row, column = sections(text)
     axes = [0] * (time + row + column)  # interleaved: row and column take every third frequency from the first ones
+    if (len(axes[1 : 3 * row : 3]), len(axes[2 : 3 * column : 3])) != (row, column):
+        raise ValueError(
+            f"mrope_section {[time, row, column]} cannot be interleaved; copy the file from the checkpoint"
+        )
     axes[1 : 3 * row : 3] = [1] * row
     axes[2 : 3 * column : 3] = [2] * column
     return decoder.Config(
-        **same(text, TEXT),
-        head_dim=head_dim(text),
-        rope_theta=float(text.rope_parameters["rope_theta"]),
+        **text_sizes(text),
         rope_axes=tuple(axes),
         qkv_bias=False,
         qk_norm=True,
@@ -53,15 +56,19 @@ def text_config(text) -> decoder.Config:
 def tower_config(tower) -> vision_qwen3.Config:
     """The tower."""
     supported("vision_config.hidden_act", tower.hidden_act, "gelu_pytorch_tanh")
-    side = int(tower.num_position_embeddings**0.5)
-    supported("vision_config.num_position_embeddings", tower.num_position_embeddings, side**2)
+    places = size("vision_config.num_position_embeddings", tower.num_position_embeddings)
+    supported("vision_config.num_position_embeddings", places, math.isqrt(places) ** 2)
+    deep = tower.deepstack_visual_indexes
+    if not isinstance(deep, list | tuple) or not set(deep) <= set(range(tower.depth)) or len(set(deep)) < len(deep):
+        what = f"vision_config.deepstack_visual_indexes {deep} must be layers below depth {tower.depth}"
+        raise ValueError(f"{what}; copy the file from the checkpoint")
     return vision_qwen3.Config(
         **same(tower, (*TOWER, "hidden_size", "intermediate_size", "out_hidden_size")),
         **whole_image(tower),
         norm=layers.LayerNorm,
         mlp=GELU_MLP,
-        places=side,
-        deep_layers=tuple(tower.deepstack_visual_indexes),
+        places=math.isqrt(places),
+        deep_layers=tuple(deep),
     )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 
 from surgery_r1_jax import codec, decoder, qwen3_vl, weights
 from surgery_r1_jax.experts import Mixture
-from surgery_r1_jax.family import Family, supported
+from surgery_r1_jax.family import Family, same, size, supported
 from surgery_r1_jax.qwen3_vl import LAYER
 
 FUSED = weights.Form(  # gate and up side by side in the last axis
@@ -29,9 +29,12 @@ def text_config(text) -> decoder.Config:
     """The decoder: every layer has experts."""
     supported("decoder_sparse_step", text.decoder_sparse_step, 1)
     supported("mlp_only_layers", list(text.mlp_only_layers or ()), [])
-    mixture = Mixture(text.num_experts, text.num_experts_per_tok)
-    plain = qwen3_vl.text_config(text)
-    return dataclasses.replace(plain, intermediate_size=text.moe_intermediate_size, mlp=mixture)
+    mixture = Mixture(*same(text, ("num_experts", "num_experts_per_tok")).values())
+    if mixture.used > mixture.experts:
+        what = f"num_experts_per_tok {mixture.used} is above num_experts {mixture.experts}"
+        raise ValueError(f"{what}; copy the file from the checkpoint")
+    width = size("moe_intermediate_size", text.moe_intermediate_size)
+    return dataclasses.replace(qwen3_vl.text_config(text), intermediate_size=width, mlp=mixture)
 
 
 FAMILY = Family("qwen3_vl_moe", "Qwen3-VL-MoE", NAMES, codec.PER_MILLE, text_config, qwen3_vl.tower_config)

@@ -20,8 +20,8 @@ from pathlib import Path
 from PIL import Image
 
 from surgery_r1_jax import vocabulary
-from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.labels import Box, Problem, Record, Refused, parse_line, printable
+from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.labels import Box, Problem, Record, Refused, parse_line
 
 # The sequences of the published evaluation. They are reported and select nothing.
 VAL_SEQUENCES = ("seq_1", "seq_5", "seq_16")

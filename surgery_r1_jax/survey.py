@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track as progress_bar
 from rich.table import Table
 
-from surgery_r1_jax import check, files, labels, lengths, records, vocabulary
+from surgery_r1_jax import check, errors, files, labels, lengths, records, vocabulary
 from surgery_r1_jax.check import Summary
 from surgery_r1_jax.errors import InputError
 
@@ -62,14 +62,14 @@ def _write(path: str | Path, text: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
     except OSError as error:
-        raise InputError(f"{labels.printable(path)}: cannot be written ({error.strerror}); take another path") from None
+        raise InputError(f"{errors.printable(path)}: cannot be written ({error.strerror}); take another path") from None
 
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Print it as tables, then at most MAX_PRINTED problems, errors first."""
 
     def line(text: str) -> None:
-        console.print(labels.printable(text), markup=False, highlight=False, soft_wrap=True)
+        console.print(errors.printable(text), markup=False, highlight=False, soft_wrap=True)
 
     line(f"{summary.root}: {summary.frames} frames, {summary.questions} questions")
     if summary.splits:

@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from surgery_r1_jax import answer, images, traces, vocabulary
-from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.labels import printable
+from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.records import Frame, Record
 
 KEY = "SURGERY_R1_TEACHER_KEY"  # the environment variable

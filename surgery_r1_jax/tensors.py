@@ -5,6 +5,7 @@ Source of the format: huggingface/safetensors, README.md.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from surgery_r1_jax import errors
+from surgery_r1_jax import errors, files, folders
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,23 +41,30 @@ class Stored(NamedTuple):
 def opened(folder: Path, plain: Callable[[str], str] = str, single: str = SINGLE) -> dict[str, Stored]:
     """Every tensor of a folder by its name made `plain`. An index and its files must agree both ways.
 
-    Raises: InputError naming the file for whatever is not a whole safetensors file, before anything is read of it.
+    Files that the folder has SHA-256 sums of must have these. Raises: InputError naming the file for whatever is not a
+    whole safetensors file, before anything is read of it.
     """
     index, weight_map, shards = folder / INDEX, None, [single]
     if single == SINGLE and index.is_file():
+        files.check_fetched(index)
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             shards = sorted({str(file) for file in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise errors.InputError(f"{index}: not a weight index; copy the checkpoint again") from None
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise errors.InputError(f"{index}: names the file '{shard}', which is not in the folder; copy it there")
+            if Path(shard).name != shard or not os.path.isfile(folder / shard):  # as a Path it fails on a long name
+                name = errors.printable(shard)
+                raise errors.InputError(f"{index}: names the file '{name}', which is not in the folder; copy it there")
     elif not (folder / single).is_file():
-        absent = f"no {single}" + f" and no {INDEX}" * (single == SINGLE)
-        raise errors.InputError(f"{folder}: {absent}; only safetensors weights are read: save the model as such")
+        wanted = f"{single}" + f" and no {INDEX}" * (single == SINGLE)
+        raise errors.InputError(f"{folder}: {folders.without_weights(folder, wanted)}")
     found: dict[str, Stored] = {}
-    for path in (folder / shard for shard in shards):
+    paths = [folder / shard for shard in shards]
+    for path in paths:
+        files.check_fetched(path)
+    files.check_sums(folder, paths)
+    for path in paths:
         try:
             with safetensors.safe_open(path, framework="np"):  # checks the whole header against the file
                 header, data = _header(path)
@@ -64,16 +72,17 @@ def opened(folder: Path, plain: Callable[[str], str] = str, single: str = SINGLE
             why = errors.one_line(problem)
             raise errors.InputError(f"{path}: not a whole safetensors file ({why}); copy it again") from None
         for spelling, entry in header.items():
+            name, shown = plain(spelling), errors.printable(spelling)
             if weight_map is not None and weight_map.get(spelling) != path.name:
-                raise errors.InputError(f"{path}: holds '{spelling}', which {INDEX} places elsewhere; copy both again")
-            name = plain(spelling)
+                raise errors.InputError(f"{path}: holds '{shown}', which {INDEX} places elsewhere; copy both again")
             if name in found:
-                raise errors.InputError(f"{path}: holds '{name}' a second time; export the checkpoint again")
+                raise errors.InputError(f"{path}: holds '{shown}' a second time; export the checkpoint again")
             start = data + entry["data_offsets"][0]
             found[name] = Stored(path, spelling, entry["dtype"], entry["shape"], start)
     missing = sorted(set(weight_map or ()) - {stored.name for stored in found.values()})
     if missing:
-        raise errors.InputError(f"{index}: tensor '{missing[0]}' is in none of the files; copy the checkpoint again")
+        name = errors.printable(missing[0])
+        raise errors.InputError(f"{index}: tensor '{name}' is in none of the files; copy the checkpoint again")
     return found
 
 
@@ -95,7 +104,7 @@ def metadata(path: Path) -> dict[str, str]:
 def numbers(stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of the files. Raises: InputError for another shape or type, and for NaN and infinity."""
     if stored.shape != list(shape):
-        problem = f"has shape {stored.shape}, but config.json makes it {list(shape)}"
+        problem = f"has shape {stored.shape}, but config.json makes it {list(shape)}; take both from one checkpoint"
     elif stored.kind not in KINDS:
         problem = f"has type {stored.kind}; only float32, bfloat16 and float16 weights are read"
     else:
@@ -105,7 +114,7 @@ def numbers(stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
         if not value.size or (value.view(bits) & exponent).max() < exponent:
             return value
         problem = "holds a number that is not finite; take an earlier checkpoint"
-    raise errors.InputError(f"{stored.path}: tensor '{stored.name}' {problem}")
+    raise errors.InputError(f"{stored.path}: tensor '{errors.printable(stored.name)}' {problem}")
 
 
 def write(

@@ -49,7 +49,7 @@ class Config:
         if self.fullatt_block_indexes != regular or self.depth % period:
             raise errors.InputError(
                 f"vision_config.fullatt_block_indexes {list(self.fullatt_block_indexes)} with depth {self.depth}: "
-                f"only equal groups of window layers closed by a full one are supported, such as {list(regular)}"
+                "only equal groups of window layers closed by a full one are supported; take a released model"
             )
 
     @property
