@@ -57,7 +57,8 @@ def inspect(
     root: str | Path,
     strict: bool = False,
     *,
-    classes: tuple[str, ...] = vocabulary.CLASSES,
+    classes: tuple[str, ...] | None = None,
+    boxes: str | None = None,
     track: Callable[[Iterable, int], Iterable] = lambda steps, total: steps,
 ) -> Summary:
     """Read all labels and decode all images below `root`; `track` may show how the decoding goes on.
@@ -65,13 +66,13 @@ def inspect(
     Raises: InputError only where `root` holds no data set; what is wrong inside is in the summary.
     """
     problems: list[Problem] = []
-    frames = records.read(root, strict=strict, classes=classes, on_problem=problems.append)
+    frames = records.read(root, strict=strict, classes=classes, boxes=boxes, on_problem=problems.append)
     with ThreadPoolExecutor() as pool:
         decoded = track(pool.map(_image_problem, frames), len(frames))
         problems += [problem for problem in decoded if problem]
 
     by_split = {
-        name: [frame for frame in frames if records.split_of(frame.sequence) == name]
+        name: [frame for frame in frames if records.split_of_frame(frame) == name]
         for name in ("train", "dev", "val", "external")
     }
     by_split = {name: members for name, members in by_split.items() if members}
@@ -90,7 +91,7 @@ def inspect(
         root=str(root),
         frames=len(frames),
         questions=sum(len(frame.records) for frame in frames),
-        splits={name: _count(members, classes) for name, members in by_split.items()},
+        splits={name: _count(members) for name, members in by_split.items()},
         image_sizes=dict(Counter(f"{frame.width}x{frame.height}" for frame in frames).most_common()),
         outside=sum(problem.reason.startswith(labels.OUTSIDE) for problem in problems),
         repeated=sum(problem.reason.startswith(records.REPEATED) for problem in problems),
@@ -140,14 +141,14 @@ def print_summary(summary: Summary, console: Console) -> None:
     line(f"{summary.errors} errors, {summary.warnings} warnings")
 
 
-def main(root: str | Path, strict: bool = False, json_path: str | Path | None = None) -> int:
+def main(root: str | Path, strict: bool = False, json_path: str | Path | None = None, boxes: str | None = None) -> int:
     """Inspect, print, and write the summary as JSON where wanted; 1 if there are errors, else 0."""
     bar = Console(stderr=True)
 
     def track(steps: Iterable, total: int) -> Iterable:
         return progress_bar(steps, "decoding images", total, console=bar, transient=True, disable=not bar.is_terminal)
 
-    summary = inspect(root, strict, track=track)
+    summary = inspect(root, strict, boxes=boxes, track=track)
     print_summary(summary, Console())
     if json_path is not None:
         try:
@@ -170,7 +171,7 @@ def _image_problem(frame: Frame) -> Problem | None:
     return None
 
 
-def _count(frames: list[Frame], classes: tuple[str, ...]) -> Split:
+def _count(frames: list[Frame]) -> Split:
     asked = [record for frame in frames for record in frame.records]
     kinds = Counter(vocabulary.KINDS[record.kind] for record in asked)
     answers = Counter(record.answer for record in asked)
@@ -179,7 +180,7 @@ def _count(frames: list[Frame], classes: tuple[str, ...]) -> Split:
         frames=len(frames),
         questions=len(asked),
         kinds={name: kinds[name] for name in vocabulary.KINDS},
-        answers={name: answers[name] for name in classes},
+        answers={name: answers[name] for name in frames[0].classes},
     )
 
 

@@ -24,6 +24,7 @@ from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
+DATA = "data set: EndoVis-18-VQLA, or your own frames with records.jsonl or records.csv"
 ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic surgery, by SFT and by GRPO."
 
 
@@ -91,7 +92,7 @@ def _synth(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int | None:
     from surgery_r1_jax import check
 
-    return check.main(args.directory, strict=args.strict, json_path=args.json)
+    return check.main(args.directory, strict=args.strict, json_path=args.json, boxes=args.boxes)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -135,6 +136,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         dtype=args.dtype,
         blank=args.blank,
         strict=args.strict,
+        boxes=args.boxes,
     )
 
 
@@ -195,6 +197,11 @@ def commands() -> dict[str, Parser]:
         table[name].set_defaults(handler=handler)
         return table[name].add_argument
 
+    def boxes(add: Callable) -> None:
+        """The argument of what reads a data set."""
+        about = "what your own frames' boxes are written in (default: as data.json says)"
+        add("--boxes", choices=("pixel", "unit", "thousand"), help=about)
+
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
@@ -222,7 +229,8 @@ def commands() -> dict[str, Parser]:
     add("--jobs", type=number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
 
     add = command("data check", _check, "Check every label and image of a data set.", "data/EndoVis-18-VQLA")
-    add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("directory", type=Path, metavar="DIR", help=DATA)
+    boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
 
@@ -238,7 +246,8 @@ def commands() -> dict[str, Parser]:
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
     add = command("evaluate", _evaluate, "Answer every question of a split and score the answers.", example)
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("--data", type=Path, required=True, metavar="DIR", help=DATA)
+    boxes(add)
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
     add("--batch-frames", type=number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")

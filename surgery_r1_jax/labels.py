@@ -14,6 +14,7 @@ Box = tuple[float, float, float, float]  # xyxy in [0, 1] on the original frame,
 
 MAX_LINE = 500  # characters; real lines have at most 80
 OUTSIDE = "box leaves the image"  # how the reason of every such problem begins
+REPEATED = "question asked again"
 
 _INTEGER = re.compile(r"-?[0-9]{1,6}")
 
@@ -28,7 +29,8 @@ class Record:
     kind: int  # index into vocabulary.KINDS
     tool: str | None  # the instrument asked about
     source: str  # "path:line"
-    think: str | None = None
+    think: str | None = None  # its own reasoning; "" for none, None where it is to be written from the labels
+    want: int | None = None  # what its prompt asks for, index into answer.WANT; None where that is left to the run
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def parse_line(
     index = vocabulary.class_index(answer, classes)
     if index < 0:
         raise Refused(at_answer, f"{answer!r} is none of the {len(classes)} answer classes")
-    if vocabulary.class_kind(index) != kind:
+    if vocabulary.class_kind(index, classes) not in (kind, vocabulary.OTHER):
         raise Refused(at_answer, f"{answer!r} does not answer a question of kind {vocabulary.KINDS[kind]}")
     box, outside = _parse_box(corners, at_box, width, height)
     if outside and strict:
@@ -101,12 +103,23 @@ def _parse_box(text: str, source: str, width: int, height: int) -> tuple[Box, st
     if len(corners) != 4 or not all(map(_INTEGER.fullmatch, corners)):
         raise Refused(source, f"{text!r} is not a box of four integers x1,y1,x2,y2")
     x0, y0, x1, y1 = (int(corner) - 1 for corner in corners)
+    return unit_box((x0, y0, x1, y1), text, source, width, height)
+
+
+def unit_box(
+    edges: tuple[float, float, float, float], text: str, source: str, width: float, height: float
+) -> tuple[Box, str | None]:
+    """Edges on a `width` x `height` grid as a box in [0, 1], clipped, and the reason to tell where that changed it.
+
+    `text` is how the data has the box, for the reason. Raises: Refused for a box that is inverted or wholly outside.
+    """
+    x0, y0, x1, y1 = edges
     if x0 >= x1 or y0 >= y1:
         raise Refused(source, f"box {text} is empty or inverted; it needs x1 < x2 and y1 < y2")
     left, right = (min(max(x, 0), width) for x in (x0, x1))
     top, bottom = (min(max(y, 0), height) for y in (y0, y1))
     box = (left / width, top / height, right / width, bottom / height)
-    if (left, top, right, bottom) == (x0, y0, x1, y1):
+    if (left, top, right, bottom) == edges:
         return box, None
     outside = f"{OUTSIDE}: {text} on {width}x{height}"
     if left >= right or top >= bottom:

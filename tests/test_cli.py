@@ -103,13 +103,18 @@ def refusal(capsys, *argv, status=2):
             (Path("d"),),
             {"frames": 5, "seed": 0, "size": (1280, 1024), "max_tools": 4, "balance": 0.0, "jobs": 1},
         ),
-        ("data check d", "check.main", (Path("d"),), {"strict": False, "json_path": None}),
-        ("data check d --strict --json f", "check.main", (Path("d"),), {"strict": True, "json_path": Path("f")}),
+        ("data check d", "check.main", (Path("d"),), {"strict": False, "json_path": None, "boxes": None}),
+        (
+            "data check d --strict --json f --boxes unit",
+            "check.main",
+            (Path("d"),),
+            {"strict": True, "json_path": Path("f"), "boxes": "unit"},
+        ),
         (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
             (Path("k"), Path("d"), "dev", Path("f.json")),
-            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False},
+            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False, "boxes": None},
         ),
         (
             "export k h --max-shard-size 500MB",
