@@ -3,7 +3,7 @@
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
     labels, answers, words   errors files config options vocabulary labels frames recordfile records location
-                             floors images check codec answer reasoning
+                             floors images check surgery_vqla codec answer reasoning
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model
