@@ -10,7 +10,7 @@ Reading order; a module imports only modules before it. README.md says of each w
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          tensors hf fresh optim modelcard checkpoint log
-    programs                 evaluate run sft grpo
+    programs                 evaluate conversations run sft grpo
     for people               pictures charts cards report memory doctor ask demo arguments
                              cli
 

@@ -95,6 +95,14 @@ def _check(args: argparse.Namespace) -> int | None:
     return check.main(args.directory, strict=args.strict, json_path=args.json, boxes=args.boxes)
 
 
+def _data_export(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import conversations
+
+    how = dict(model=args.model, form=args.format, boxes=args.boxes, strict=args.strict)
+    return conversations.run(args.source, args.out, **how)
+
+
 def _init(args: argparse.Namespace) -> None:
     start_devices()
     from surgery_r1_jax import fresh
@@ -233,6 +241,16 @@ def commands() -> dict[str, Parser]:
     boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
+
+    example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
+    add = command("data export", _data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
+    add("source", type=Path, metavar="SOURCE", help=DATA)
+    add("out", type=Path, metavar="OUT", help="new folder: conversations and images")
+    add("--model", type=Path, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
+    about = "messages: TRL, ms-swift; sharegpt: LLaMA-Factory, ms-swift (default: %(default)s)"
+    add("--format", choices=("messages", "sharegpt"), default="messages", help=about)
+    boxes(add)
+    add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")

@@ -22,6 +22,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "demo.start": 0,
     "synth.write": ["seq_1/frame000"],
     "check.main": 0,
+    "conversations.run": 0,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -109,6 +110,12 @@ def refusal(capsys, *argv, status=2):
             "check.main",
             (Path("d"),),
             {"strict": True, "json_path": Path("f"), "boxes": "unit"},
+        ),
+        (
+            "data export d o --model h --format sharegpt",
+            "conversations.run",
+            (Path("d"), Path("o")),
+            {"model": Path("h"), "form": "sharegpt", "boxes": None, "strict": False},
         ),
         (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
