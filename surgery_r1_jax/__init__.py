@@ -2,15 +2,15 @@
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
-    labels, answers, words   errors files config options vocabulary labels archives records location floors
-                             images likeness leaks spaces codec answer reasoning
+    labels, answers, words   errors files config options vocabulary labels archives frames recordfile records
+                             location floors images likeness leaks spaces surgery_vqla codec answer reasoning
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples lengths check pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          tensors hf fresh optim modelcard checkpoint log
-    programs                 evaluate run sft grpo
+    programs                 evaluate conversations run sft grpo
     for people               pictures charts cards report data_page memory doctor survey ask demo
                              arguments cli
 

@@ -24,6 +24,7 @@ from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
+DATA = "data set: EndoVis-18-VQLA, or your own frames with records.jsonl or records.csv"
 ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic surgery, by SFT and by GRPO."
 
 
@@ -94,7 +95,7 @@ def _check(args: argparse.Namespace) -> int | None:
     from surgery_r1_jax import survey
 
     paths = dict(json_path=args.json, html_path=args.html)
-    return survey.main(args.directory, strict=args.strict, **paths, model=args.model)
+    return survey.main(args.directory, strict=args.strict, **paths, model=args.model, boxes=args.boxes)
 
 
 def _unpack(args: argparse.Namespace) -> None:
@@ -103,6 +104,14 @@ def _unpack(args: argparse.Namespace) -> None:
     with log.byte_bar("unpacking") as tell:
         files = archives.unpack(args.archive, args.directory, args.max_size, tell=tell)
     print(f"{args.archive}: {files} files unpacked to {args.directory}")
+
+
+def _data_export(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import conversations
+
+    how = dict(model=args.model, form=args.format, boxes=args.boxes, strict=args.strict)
+    return conversations.run(args.source, args.out, **how)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -146,6 +155,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         dtype=args.dtype,
         blank=args.blank,
         strict=args.strict,
+        boxes=args.boxes,
     )
 
 
@@ -206,6 +216,11 @@ def commands() -> dict[str, Parser]:
         table[name].set_defaults(handler=handler)
         return table[name].add_argument
 
+    def boxes(add: Callable) -> None:
+        """The argument of what reads a data set."""
+        about = "what your own frames' boxes are written in (default: as data.json says)"
+        add("--boxes", choices=("pixel", "unit", "thousand"), help=about)
+
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
@@ -234,7 +249,8 @@ def commands() -> dict[str, Parser]:
 
     example = "data/EndoVis-18-VQLA --html check.html --model checkpoints/Qwen2.5-VL-3B-Instruct"
     add = command("data check", _check, "Find all that is wrong with a data set before a run does.", example)
-    add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("directory", type=Path, metavar="DIR", help=DATA)
+    boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
     add("--html", type=Path, metavar="FILE", help="write a page with pictures too (default: not written)")
@@ -244,6 +260,16 @@ def commands() -> dict[str, Parser]:
     add("archive", type=Path, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
     add("directory", type=Path, metavar="DIR", help="new folder")
     add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
+
+    example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
+    add = command("data export", _data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
+    add("source", type=Path, metavar="SOURCE", help=DATA)
+    add("out", type=Path, metavar="OUT", help="new folder: conversations and images")
+    add("--model", type=Path, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
+    about = "messages: TRL, ms-swift; sharegpt: LLaMA-Factory, ms-swift (default: %(default)s)"
+    add("--format", choices=("messages", "sharegpt"), default="messages", help=about)
+    boxes(add)
+    add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
@@ -257,7 +283,8 @@ def commands() -> dict[str, Parser]:
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
     add = command("evaluate", _evaluate, "Answer every question of a split and score the answers.", example)
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("--data", type=Path, required=True, metavar="DIR", help=DATA)
+    boxes(add)
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
     add("--batch-frames", type=number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")

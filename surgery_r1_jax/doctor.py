@@ -131,7 +131,7 @@ def measure(frames: Sequence[Frame], encoder: Encoder) -> Lengths:
             branch = encoder.branch(frame, record, think=True)
             prompts.append(len(branch.prompt))
             completions.append(len(branch.completion))
-            parsed = answer.parse(encoder.chat.decode(branch.completion))
+            parsed = answer.parse(encoder.chat.decode(branch.completion), classes=frame.classes)
             if parsed.reason is not answer.Reason.OK:
                 lost += 1
                 continue
@@ -239,8 +239,8 @@ def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
 def _data_rows(settings, frames: Sequence[Frame], dev: Sequence[Frame]) -> list[tuple[str, str]]:
     """Frames and questions of each split, and what the run takes of them."""
     splits: dict[str, list[Frame]] = {}
-    for frame in records.read(settings.data.root, strict=settings.data.strict):
-        splits.setdefault(records.split_of(frame.sequence), []).append(frame)
+    for frame in records.read(settings.data.root, strict=settings.data.strict, boxes=settings.data.boxes):
+        splits.setdefault(records.split_of_frame(frame), []).append(frame)
     rows = [(name, _counted(splits[name])) for name in ("train", "dev", "val", "external") if name in splits]
     rows.append(("trained on", f"{settings.data.split}: {_counted(frames)}"))
     rows.append(("chosen by", f"{settings.evaluation.split}: {_counted(dev)}"))

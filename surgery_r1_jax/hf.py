@@ -8,7 +8,7 @@ remote code.
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from surgery_r1_jax import errors, families, model, tensors, vision, weights
+from surgery_r1_jax import errors, families, files, model, tensors, vision, vocabulary, weights
 from surgery_r1_jax.family import supported
 from surgery_r1_jax.weights import Form, turned
 
@@ -36,8 +36,28 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "LICENSE",
+    "classes.json",  # the answers it was trained on
     "config.json",  # last: a folder without it is no model
 )
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The answers a model was trained on: those of EndoVis-18-VQLA where its folder does not say."""
+    file = Path(folder) / "classes.json"
+    if not file.is_file():
+        return vocabulary.CLASSES
+    try:
+        names = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise errors.InputError(f"{file}: not a list of names; remove it, or restore it from the run")
+    return tuple(names)
+
+
+def write_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Say in a model's folder which answers it is trained on."""
+    files.write_text(Path(folder) / "classes.json", json.dumps(classes, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> model.Config:

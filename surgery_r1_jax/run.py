@@ -21,6 +21,7 @@ from surgery_r1_jax import (
     options,
     pipeline,
     sharding,
+    vocabulary,
 )
 
 
@@ -33,8 +34,16 @@ class Setup(NamedTuple):
     model: model.Config
 
 
-def prepare(out: Path, source: str, compute: options.Compute, settings: config.Config, *, resume: bool) -> Setup:
-    """Make the run folder and load the model that training starts from onto the mesh."""
+def prepare(
+    out: Path,
+    source: str,
+    compute: options.Compute,
+    settings: config.Config,
+    *,
+    resume: bool,
+    classes: tuple[str, ...] = vocabulary.CLASSES,
+) -> Setup:
+    """Make the run folder and load the model that training starts from onto the mesh; `classes` are the answers."""
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
     mesh = sharding.make_mesh(compute.mesh)
@@ -43,8 +52,9 @@ def prepare(out: Path, source: str, compute: options.Compute, settings: config.C
     if jax.process_index() == 0 and not resume:
         side.mkdir(parents=True, exist_ok=True)
         hf.copy_side_files(loaded.folder, side)
+        hf.write_classes(side, classes)
         config.save(settings, out / "config.yaml")
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, classes)
     return Setup(runner, loaded.params, jax.tree.map(lambda p: p.sharding, loaded.params), loaded.config)
 
 
@@ -144,7 +154,7 @@ class Dev:
     def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
         """Greedy answers to all its questions, scored."""
         predictions = evaluate.predict(self._runner, params, self._frames, self._data, self._settings.max_tokens)
-        scores = evaluate.score(predictions)
+        scores = evaluate.score(predictions, self._runner.encoder.classes)
         journal.metrics(step, flat(scores), split=self._settings.split)
         if scores["joint_rate"] > self._best.rate:
             self._best.save(step, params, scores["joint_rate"])

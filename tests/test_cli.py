@@ -23,6 +23,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "synth.write": ["seq_1/frame000"],
     "survey.main": 0,
     "archives.unpack": 7,
+    "conversations.run": 0,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -108,13 +109,13 @@ def refusal(capsys, *argv, status=2):
             "data check d",
             "survey.main",
             (Path("d"),),
-            {"strict": False, "json_path": None, "html_path": None, "model": None},
+            {"strict": False, "json_path": None, "html_path": None, "model": None, "boxes": None},
         ),
         (
             "data check d --strict --json f --html g",
             "survey.main",
             (Path("d"),),
-            {"strict": True, "json_path": Path("f"), "html_path": Path("g"), "model": None},
+            {"strict": True, "json_path": Path("f"), "html_path": Path("g"), "model": None, "boxes": None},
         ),
         (
             "data unpack a d --max-size 5GB",
@@ -123,10 +124,16 @@ def refusal(capsys, *argv, status=2):
             {"tell": TELL},
         ),
         (
+            "data export d o --model h --format sharegpt",
+            "conversations.run",
+            (Path("d"), Path("o")),
+            {"model": Path("h"), "form": "sharegpt", "boxes": None, "strict": False},
+        ),
+        (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
             (Path("k"), Path("d"), "dev", Path("f.json")),
-            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False},
+            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False, "boxes": None},
         ),
         (
             "export k h --max-shard-size 500MB",
