@@ -2,16 +2,16 @@
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
-    labels, answers, words   errors files folders config options vocabulary labels archives records location
-                             floors images likeness leaks spaces codec answer reasoning traces claims
-                             tracecheck labellist teacher build
+    labels, answers, words   errors files folders config options vocabulary labels archives frames recordfile
+                             records location floors images likeness leaks spaces surgery_vqla codec answer
+                             reasoning traces claims tracecheck labellist teacher build
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples lengths check pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          tensors hf peft fresh optim packed modelcard checkpoint log
-    programs                 evaluate run sft grpo
+    programs                 evaluate conversations run sft grpo
     for people               pictures charts cards report data_page memory doctor survey ask demo
                              arguments cli
 

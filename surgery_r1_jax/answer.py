@@ -338,7 +338,7 @@ def _think_answers(think: str, classes: Sequence[str]) -> tuple[int, ...]:
     found = [-1] * len(vocabulary.KINDS)
     for word in think.translate(_WORDS).split():
         if (index := index_of.get(word, -1)) >= 0:
-            found[vocabulary.class_kind(index)] = index
+            found[vocabulary.class_kind(index, classes)] = index
     return tuple(found)
 
 

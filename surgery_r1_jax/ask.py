@@ -1,5 +1,6 @@
 """One question about one image: reasoning, answer and box, printed and, if wanted, drawn."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery_r1_jax import (
@@ -47,12 +48,12 @@ def run(
     greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     drawn = evaluate.decode(runner.graph, loaded.params, sharding.put_batch(prompts, mesh), runner.vocabulary, greedy)
     text = runner.encoder.chat.decode(drawn.tokens_BJT[0, 0])
-    parsed = answer.parse(text, truncated=not bool(drawn.stopped_BJ[0, 0]))
+    parsed = answer.parse(text, truncated=not bool(drawn.stopped_BJ[0, 0]), classes=runner.encoder.classes)
     box = None
     if parsed.box is not None:
         box = runner.encoder.codec.decode(parsed.box, *runner.encoder.preprocessor.resized(*picture.size))
 
-    lines = told(question, parsed, text, box, picture.size)
+    lines = told(question, parsed, text, box, picture.size, runner.encoder.classes)
     print("\n".join(lines))
     if save is not None:
         try:
@@ -62,9 +63,11 @@ def run(
     return 0
 
 
-def told(question: str, parsed: answer.Parsed, text: str, box, size: tuple[int, int]) -> list[str]:
+def told(
+    question: str, parsed: answer.Parsed, text: str, box, size: tuple[int, int], classes: Sequence[str]
+) -> list[str]:
     """What the model said, a line each; control characters are spelt out."""
-    name = vocabulary.CLASSES[parsed.answer] if parsed.answer >= 0 else "none"
+    name = classes[parsed.answer] if parsed.answer >= 0 else "none"
     lines = [f"question:  {question}", f"reasoning: {parsed.think or 'none'}", f"answer:    {name}", "box:       none"]
     if box is not None:
         pixels = (round(edge * side) for edge, side in zip(box, size * 2, strict=True))

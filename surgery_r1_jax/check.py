@@ -21,6 +21,7 @@ from surgery_r1_jax import (
     lengths,
     likeness,
     location,
+    recordfile,
     records,
     spaces,
     vocabulary,
@@ -92,22 +93,28 @@ class Model(NamedTuple):
     limit: int | None  # tokens it was made for
 
 
-def inspect(root: str | Path, strict: bool = False, **options) -> Summary:
-    """Read all labels and decode all images below `root`; the options are those of `examine`.
+def inspect(
+    root: str | Path,
+    strict: bool = False,
+    *,
+    classes: tuple[str, ...] | None = None,
+    boxes: str | None = None,
+    **options,
+) -> Summary:
+    """Read all labels and decode all images below `root`; the other options are those of `examine`.
 
     Raises: InputError only where `root` holds no data set; what is wrong inside is in the summary.
     """
     problems: list[Problem] = []
-    classes = options.get("classes", vocabulary.CLASSES)
-    frames = records.read(root, strict=strict, classes=classes, on_problem=problems.append)
-    return examine(root, frames, problems, strict=strict, **options)
+    frames = records.read(root, strict=strict, classes=classes, boxes=boxes, on_problem=problems.append)
+    return examine(root, frames, problems, strict=strict, space=recordfile.space(root, boxes), **options)
 
 
 def by_split(frames: Iterable[Frame]) -> dict[str, list[Frame]]:
     """The frames of the splits that are not empty."""
     splits: dict[str, list[Frame]] = {name: [] for name in ("train", "dev", "val", "external")}
     for frame in frames:
-        splits.setdefault(records.split_of(frame.sequence), []).append(frame)
+        splits.setdefault(records.split_of_frame(frame), []).append(frame)
     return {name: members for name, members in splits.items() if members}
 
 
@@ -118,7 +125,6 @@ def examine(
     *,
     strict: bool = False,
     splits: Mapping[str, Sequence[Frame]] | None = None,
-    classes: tuple[str, ...] = vocabulary.CLASSES,
     space: str = "pixel",
     model: Model | None = None,
     track: Track = lambda steps, total: steps,
@@ -137,7 +143,7 @@ def examine(
     found += leaks.sequences(splits)
     prints = {str(frame.image): look.print for frame, look in zip(frames, looks, strict=True)}
     found += (pairs := leaks.pictures(splits, prints)).problems
-    counts = {name: _count(members, classes) for name, members in splits.items()}
+    counts = {name: _count(members) for name, members in splits.items()}
     found += _never_taught(counts, str(root))
     tokens = None
     if model is not None:
@@ -251,7 +257,7 @@ def _tokens(frames: Sequence[Frame], model: Model) -> tuple[Tokens | None, list[
     ]
 
 
-def _count(frames: Sequence[Frame], classes: tuple[str, ...]) -> Split:
+def _count(frames: Sequence[Frame]) -> Split:
     asked = [record for frame in frames for record in frame.records]
     kinds = Counter(vocabulary.KINDS[record.kind] for record in asked)
     answers = Counter(record.answer for record in asked)
@@ -260,5 +266,5 @@ def _count(frames: Sequence[Frame], classes: tuple[str, ...]) -> Split:
         frames=len(frames),
         questions=len(asked),
         kinds={name: kinds[name] for name in vocabulary.KINDS},
-        answers={name: answers[name] for name in classes},
+        answers={name: answers[name] for name in frames[0].classes},
     )

@@ -23,6 +23,7 @@ from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
+DATA = "data set: EndoVis-18-VQLA, or your own frames with records.jsonl or records.csv"
 ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic surgery, by SFT and by GRPO."
 
 
@@ -93,7 +94,7 @@ def _check(args: argparse.Namespace) -> int | None:
     from surgery_r1_jax import survey
 
     paths = dict(json_path=args.json, html_path=args.html)
-    return survey.main(args.directory, strict=args.strict, **paths, model=args.model)
+    return survey.main(args.directory, strict=args.strict, **paths, model=args.model, boxes=args.boxes)
 
 
 def _unpack(args: argparse.Namespace) -> None:
@@ -123,6 +124,14 @@ def _build(args: argparse.Namespace) -> None:
         dialogues=args.dialogues,
         ask=ask,
     )
+
+
+def _data_export(args: argparse.Namespace) -> int | None:
+    start_devices()
+    from surgery_r1_jax import conversations
+
+    how = dict(model=args.model, form=args.format, boxes=args.boxes, strict=args.strict)
+    return conversations.run(args.source, args.out, **how)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -166,6 +175,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         dtype=args.dtype,
         blank=args.blank,
         strict=args.strict,
+        boxes=args.boxes,
     )
 
 
@@ -226,6 +236,11 @@ def commands() -> dict[str, Parser]:
         table[name].set_defaults(handler=handler)
         return table[name].add_argument
 
+    def boxes(add: Callable) -> None:
+        """The argument of what reads a data set."""
+        about = "what your own frames' boxes are written in (default: as data.json says)"
+        add("--boxes", choices=("pixel", "unit", "thousand"), help=about)
+
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
@@ -254,7 +269,8 @@ def commands() -> dict[str, Parser]:
 
     example = "data/EndoVis-18-VQLA --html check.html --model checkpoints/Qwen2.5-VL-3B-Instruct"
     add = command("data check", _check, "Find all that is wrong with a data set before a run does.", example)
-    add("directory", type=Path, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("directory", type=Path, metavar="DIR", help=DATA)
+    boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
     add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
     add("--html", type=Path, metavar="FILE", help="write a page with pictures too (default: not written)")
@@ -285,6 +301,16 @@ def commands() -> dict[str, Parser]:
     add("--teacher-jobs", type=number(int, 1), default=8, metavar="N", help="requests at once (default: %(default)s)")
     add("--teacher-cache", type=Path, metavar="FILE", help="keeps its answers (default: OUT.teacher.jsonl)")
 
+    example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
+    add = command("data export", _data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
+    add("source", type=Path, metavar="SOURCE", help=DATA)
+    add("out", type=Path, metavar="OUT", help="new folder: conversations and images")
+    add("--model", type=Path, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
+    about = "messages: TRL, ms-swift; sharegpt: LLaMA-Factory, ms-swift (default: %(default)s)"
+    add("--format", choices=("messages", "sharegpt"), default="messages", help=about)
+    boxes(add)
+    add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
+
     add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
@@ -297,7 +323,8 @@ def commands() -> dict[str, Parser]:
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
     add = command("evaluate", _evaluate, "Answer every question of a split and score the answers.", example)
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--data", type=Path, required=True, metavar="DIR", help="data set in the layout of EndoVis-18-VQLA")
+    add("--data", type=Path, required=True, metavar="DIR", help=DATA)
+    boxes(add)
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
     add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
     add("--batch-frames", type=number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")

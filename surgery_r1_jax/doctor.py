@@ -21,7 +21,6 @@ from surgery_r1_jax import (
     boxes,
     checkpoint,
     errors,
-    evaluate,
     families,
     hf,
     lora,
@@ -59,7 +58,7 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     folder = checkpoint.folder_of(settings.model)
     _require(folder, Path(settings.data.root))
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
-    encoder = evaluate.encoder_of(folder, architecture)
+    encoder = hf.encoder_of(folder, architecture)
 
     _section("model", settings.model, _model_rows(architecture, settings))
     frames, (dev, _) = pipeline.read(settings.data), run.dev_frames(settings.data, settings.evaluation)
@@ -90,7 +89,7 @@ def describe(path: str | Path) -> int:
     """`doctor --checkpoint`: what a folder is. Raises InputError where it is no model that is supported."""
     folder = checkpoint.folder_of(path)
     architecture = hf.read_config(folder)
-    encoder, family = evaluate.encoder_of(folder, architecture), families.of(architecture)
+    encoder, family = hf.encoder_of(folder, architecture), families.of(architecture)
     print(f"{errors.printable(path)}: {family.title}, model_type {family.model_type}")
     stored, sizes = json.loads((folder / "config.json").read_text("utf-8")), _part_sizes(architecture)
     head = "the embedding" if architecture.tie_word_embeddings else "a matrix of its own"
@@ -134,7 +133,7 @@ def measure(frames: Sequence[Frame], encoder: Encoder) -> Lengths:
             branch = encoder.branch(frame, record, think=True)
             prompts.append(len(branch.prompt))
             completions.append(len(branch.completion))
-            parsed = answer.parse(encoder.chat.decode(branch.completion))
+            parsed = answer.parse(encoder.chat.decode(branch.completion), classes=frame.classes)
             if parsed.reason is not answer.Reason.OK:
                 lost += 1
                 continue
@@ -246,8 +245,8 @@ def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
 def _data_rows(settings, frames: Sequence[Frame], dev: Sequence[Frame]) -> list[tuple[str, str]]:
     """Frames and questions of each split, and what the run takes of them."""
     splits: dict[str, list[Frame]] = {}
-    for frame in records.read(settings.data.root, strict=settings.data.strict):
-        splits.setdefault(records.split_of(frame.sequence), []).append(frame)
+    for frame in records.read(settings.data.root, strict=settings.data.strict, boxes=settings.data.boxes):
+        splits.setdefault(records.split_of_frame(frame), []).append(frame)
     rows = [(name, _counted(splits[name])) for name in ("train", "dev", "val", "external") if name in splits]
     rows.append(("trained on", f"{settings.data.split}: {_counted(frames)}"))
     rows.append(("chosen by", f"{settings.evaluation.split}: {_counted(dev)}"))

@@ -24,6 +24,7 @@ from surgery_r1_jax import (
     files,
     floors,
     grade,
+    hf,
     metrics,
     model,
     options,
@@ -33,7 +34,6 @@ from surgery_r1_jax import (
     sharding,
     vocabulary,
 )
-from surgery_r1_jax.hf import encoder_of
 from surgery_r1_jax.records import Box, Frame, Record
 
 
@@ -53,9 +53,10 @@ def runner_of(
     mesh: jax.sharding.Mesh,
     compute: options.Compute = options.Compute(),
     graph: nnx.GraphDef | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Runner:
     """Everything but the parameters; a model with adapters brings its own graph."""
-    encoder = encoder_of(folder, settings)
+    encoder = hf.encoder_of(folder, settings, classes)
     graph = graph or model.build(settings, compute)[0]
     allowed = encoder.chat.allowed(settings.text.vocab_size)
     words = sampling.Vocabulary(
@@ -99,7 +100,7 @@ def predict(
         for b, q in zip(*np.nonzero(gold.valid_BQ), strict=True):
             parsed, size = graded.parsed[b][q], gold.resized_B2[b].tolist()
             found[int(gold.frame_B[b]), int(gold.record_BQ[b, q])] = Given(
-                answer=None if parsed.answer < 0 else vocabulary.CLASSES[parsed.answer],
+                answer=None if parsed.answer < 0 else runner.encoder.classes[parsed.answer],
                 box=None if parsed.box is None else runner.encoder.codec.decode(parsed.box, *size),
                 text=graded.texts[b][q],
                 reason=parsed.reason.name,
@@ -151,9 +152,9 @@ def decode(graph, params, prompts, words: sampling.Vocabulary, settings: options
     return _decode(graph, params, prompts, words.allowed_V, (settings, words.stop_id, words.pad_id))
 
 
-def score(predictions: Sequence[dict]) -> dict:
+def score(predictions: Sequence[dict], classes: Sequence[str] = vocabulary.CLASSES) -> dict:
     """The metrics of predictions: `metrics.table`, and location accuracy in frames with several instruments if any."""
-    outcomes = metrics.of_rows(predictions)
+    outcomes = metrics.of_rows(predictions, classes)
     tools: dict[str, set] = {}
     for row in predictions:
         kind, tool = vocabulary.question_kind(row["question"])
@@ -162,14 +163,15 @@ def score(predictions: Sequence[dict]) -> dict:
     several = np.array([len(tools.get(row["frame"], ())) > 1 for row in predictions], bool)
     located = metrics.summarise(outcomes, several & (outcomes.kind == vocabulary.LOCATION))
     more = {"accuracy_location_multi_tool": located["accuracy"]} if located["n"] else {}
-    return metrics.table(outcomes) | more
+    return metrics.known(metrics.table(outcomes), classes) | more
 
 
 def floor_metrics(train: Sequence[Frame], frames: Sequence[Frame]) -> dict:
     """What the question alone is worth: its usual answer and its median box in the training split."""
     guesses = floors.question_only(train, frames)
     asked = ((frame, record) for frame in frames for record in frame.records)
-    return score(_rows((*question, Given(*guess)) for question, guess in zip(asked, guesses, strict=True)))
+    rows = _rows((*question, Given(*guess)) for question, guess in zip(asked, guesses, strict=True))
+    return score(rows, frames[0].classes)
 
 
 def write_predictions(path: Path, predictions: Sequence[dict]) -> None:
@@ -188,10 +190,12 @@ def run(
     dtype: str = "float32",
     blank: bool = True,
     strict: bool = False,
+    boxes: str | None = None,
 ) -> int:
     """Evaluate a checkpoint on a split: FILE.json with metrics, intervals and floors, FILE.predictions.jsonl.
 
-    `frames` is the batch, `dtype` the precision of computing; `blank` adds the grey image to the floors.
+    `frames` is the batch, `dtype` the precision of computing; `blank` adds the grey image to the floors; `boxes` is
+    what those of a table of records are written in, where the data set does not say.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -202,24 +206,26 @@ def run(
         if file.is_dir():
             raise errors.InputError(f"{file}: is a folder; name another file")
         file.parent.mkdir(parents=True, exist_ok=True)
-    every = records.read(data, strict=strict)
-    chosen, train = records.split(every, split), [f for f in every if records.split_of(f.sequence) == "train"]
+    every = records.read(data, strict=strict, boxes=boxes)
+    chosen, train = records.split(every, split), [f for f in every if records.split_of_frame(f) == "train"]
+    classes = chosen[0].classes
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(checkpoint_dir, mesh)
-    runner = runner_of(loaded.folder, loaded.config, mesh, options.Compute(dtype=dtype))
+    runner = runner_of(loaded.folder, loaded.config, mesh, options.Compute(dtype=dtype), classes=classes)
     asking = loaded.params, chosen, options.Data(root=str(data), split=split, frames=frames, questions=9), max_tokens
     main = jax.process_index() == 0
     with Progress(console=Console(stderr=True), disable=not main) as bar:
         task = bar.add_task(f"answering {split}", total=None)
         predictions = predict(runner, *asking, lambda done, count: bar.update(task, completed=done, total=count))
-    scores, beside = score(predictions), {}
+    scores, beside = score(predictions, classes), {}
     if blank:
-        beside["blank_image"] = score(predict_blank(runner, *asking))
+        beside["blank_image"] = score(predict_blank(runner, *asking), classes)
     if train:
         beside["question_only"] = floor_metrics(train, chosen)
     if main:
         about = dict(checkpoint=str(checkpoint_dir), data=str(data), split=split, max_tokens=max_tokens, dtype=dtype)
-        intervals = metrics.intervals(metrics.of_rows(predictions))
+        about |= dict(classes=classes) | (dict(boxes=boxes) if boxes else {})
+        intervals = metrics.known(metrics.intervals(metrics.of_rows(predictions, classes)), classes)
         files.write_text(
             targets[0], json.dumps(about | scores | {"intervals": intervals, "floors": beside}, indent=2) + "\n"
         )

@@ -44,6 +44,7 @@ class Encoder:
     preprocessor: images.Preprocessor
     codec: BoxCodec
     window_side: int  # merged units along a window's side
+    classes: tuple[str, ...] = vocabulary.CLASSES  # the answers there are
     blank: bool = False  # show a grey image instead of the frame: what does the model know without looking?
     _kept: dict[Path, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -54,7 +55,7 @@ class Encoder:
 
     def patch_grid(self, frame: Frame) -> grid.Grid:
         """Patch rows and columns of a frame as the model sees it."""
-        width, height = self.preprocessor.resized(frame.width, frame.height)
+        width, height = self.resized(frame)
         return height // self.preprocessor.patch_size, width // self.preprocessor.patch_size
 
     def prefix_ids(self, grids: Sequence[grid.Grid]) -> list[int]:
@@ -62,21 +63,29 @@ class Encoder:
         return self.chat.prefix_ids(self.system, [h * w // self.preprocessor.merge_size**2 for h, w in grids])
 
     def branch(self, frame: Frame, record: Record, *, box: Box | None = None, think: bool, want: int = BOTH) -> Branch:
-        """A question with its answer. `box` replaces the true one; `think` puts the reasoning in front."""
-        resized = self.preprocessor.resized(frame.width, frame.height)
-        shown = self.codec.encode(box or record.box, *resized)
-        traced = record.think or reasoning.write(frame, record)
-        text = answer.render(
-            answer=None if want == BOX else record.answer,
-            box=None if want == ANSWER else shown,
-            think=self._in_units(traced, frame, record, shown) if think else None,
-        )
+        """A question with its answer, as token ids; the arguments are those of `completion`."""
+        text = self.completion(frame, record, box=box, think=think, want=want)
         return Branch(self.prompt(record, want), self.chat.completion_ids(text))
+
+    def completion(self, frame: Frame, record: Record, *, box: Box | None = None, think: bool, want: int = BOTH) -> str:
+        """The text of an answer. `box` replaces the true one; `think` puts the reasoning in front, if there is any.
+
+        Raises: InputError naming the record whose reasoning cannot be written.
+        """
+        shown = self.codec.encode(box or record.box, *self.resized(frame))
+        traced = reasoning.write(frame, record) if record.think is None else record.think
+        try:
+            return answer.render(
+                answer=None if want == BOX else record.answer,
+                box=None if want == ANSWER else shown,
+                think=self._in_units(traced, frame, record, shown) if think and traced else None,
+            )
+        except errors.InputError as error:
+            raise errors.InputError(f"{record.source}: {error}") from None
 
     def _in_units(self, text: str, frame: Frame, record: Record, shown: Sequence[int]) -> str:
         """Reasoning with its boxes in the units of the answer, the record's own box as the answer shows it."""
-        resized = self.preprocessor.resized(frame.width, frame.height)
-        size = (frame.width, frame.height) * 2
+        resized, size = self.resized(frame), (frame.width, frame.height) * 2
         own = self.codec.encode(record.box, *resized)
 
         def encode(pixels: Box) -> Sequence[int]:
@@ -84,6 +93,10 @@ class Encoder:
             return shown if units == own else units
 
         return answer.map_boxes(text, encode)
+
+    def resized(self, frame: Frame) -> tuple[int, int]:
+        """Width and height of a frame as the model sees it."""
+        return self.preprocessor.resized(frame.width, frame.height)
 
     def prompt(self, record: Record, want: int = BOTH) -> list[int]:
         """Token ids of a question alone, up to where the model answers."""
@@ -128,7 +141,7 @@ class Encoder:
 
         Raises: InputError naming the frame where its questions do not fit into the shape.
         """
-        questions = [self.prompt(frame.records[index]) for index in chosen]
+        questions = [self.prompt(frame.records[index], wanted(frame.records[index])) for index in chosen]
         _fit(frame.id, "questions", len(questions), shape.lanes)
         _fit(frame.id, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
         prefix, next_pos = self._prefix(frame, shape)
@@ -139,12 +152,13 @@ class Encoder:
             here = slice(shape.lane_tokens - len(tokens), None)
             ids[q, here], segment[q, here] = tokens, 1
             pos[q, here] = next_pos + np.arange(len(tokens))
-            gold.answer_BQ[q] = vocabulary.class_index(record.answer)
+            gold.answer_BQ[q] = vocabulary.class_index(record.answer, self.classes)
             gold.box_BQ4[q] = record.box
             gold.kind_BQ[q] = record.kind
+            gold.want_BQ[q] = wanted(record)
             gold.record_BQ[q] = index
             gold.valid_BQ[q] = True
-        gold.resized_B2[:] = self.preprocessor.resized(frame.width, frame.height)
+        gold.resized_B2[:] = self.resized(frame)
         if frame.organ_box is not None:
             gold.organ_box_B4[:] = frame.organ_box
         gold = gold._replace(frame_B=np.int32(number), organ_ok_B=np.bool_(frame.organ_box is not None))
@@ -202,6 +216,11 @@ class Encoder:
         ids, pos, segment = (np.zeros((shape.lanes, shape.lane_tokens), np.int32) for _ in range(3))
         ids[:] = self.chat.pad_id
         return ids, pos, segment
+
+
+def wanted(record: Record) -> int:
+    """What the prompt of a question asks for: what its record says, or else both."""
+    return BOTH if record.want is None else record.want
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -38,7 +38,7 @@ def grade(tokens_BJT: np.ndarray, stopped_BJ: np.ndarray, gold: Gold, encoder: E
     parsed: list[list[answer.Parsed | None]] = [[None] * J for _ in range(B)]
     for b, j in zip(*np.nonzero(valid), strict=True):
         text = encoder.chat.decode(tokens_BJT[b, j])
-        read = answer.parse(text, want=int(wants[b, j]), truncated=not stopped_BJ[b, j])
+        read = answer.parse(text, want=int(wants[b, j]), truncated=not stopped_BJ[b, j], classes=encoder.classes)
         texts[b][j], parsed[b][j] = text, read
         width, height = (int(n) for n in gold.resized_B2[b])
         pred[b, j], format_ok[b, j] = read.answer, read.format_ok

@@ -194,10 +194,11 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
 def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
-    setup = run.prepare(out, settings, resume=resume)
+    frames = pipeline.read(settings.data)
+    rewards.require_places(settings.reward, frames[0].classes)
+    setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
-    frames = pipeline.read(settings.data)
     stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
     order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
     data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)

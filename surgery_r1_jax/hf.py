@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,20 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from surgery_r1_jax import chat, errors, examples, families, files, folders, images, model, tensors, vision, weights
+from surgery_r1_jax import (
+    chat,
+    errors,
+    examples,
+    families,
+    files,
+    folders,
+    images,
+    model,
+    tensors,
+    vision,
+    vocabulary,
+    weights,
+)
 from surgery_r1_jax.weights import Form, turned
 
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
@@ -38,8 +51,28 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "LICENSE",
+    "classes.json",  # the answers it was trained on
     "config.json",  # last: a folder without it is no model
 )
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The answers a model was trained on: those of EndoVis-18-VQLA where its folder does not say."""
+    file = Path(folder) / "classes.json"
+    if not file.is_file():
+        return vocabulary.CLASSES
+    try:
+        names = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise errors.InputError(f"{file}: not a list of names; remove it, or restore it from the run")
+    return tuple(names)
+
+
+def write_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Say in a model's folder which answers it is trained on."""
+    files.write_text(Path(folder) / "classes.json", json.dumps(classes, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> model.Config:
@@ -62,8 +95,8 @@ def read_config(folder: Path) -> model.Config:
         raise errors.InputError(f"{path}: {errors.one_line(problem)}") from None
 
 
-def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
-    """Tokenizer, preprocessor and box codec of a Hugging Face folder.
+def encoder_of(folder: Path, settings: model.Config, classes: tuple[str, ...] | None = None) -> examples.Encoder:
+    """Tokenizer, preprocessor and box codec of a Hugging Face folder; `classes` default to those of its training.
 
     Raises: InputError where its files do not belong together.
     """
@@ -84,7 +117,9 @@ def encoder_of(folder: Path, settings: model.Config) -> examples.Encoder:
             f"{folder}: the tokenizer has ids up to {words.vocab_size - 1}, config.json {rows} vocabulary rows; take "
             "both from one checkpoint"
         )
-    return examples.Encoder(words, preprocessor, families.of(settings).codec, window_side=tower.window_side)
+    return examples.Encoder(
+        words, preprocessor, families.of(settings).codec, tower.window_side, classes or read_classes(folder)
+    )
 
 
 Take = Callable[[list[str]], jax.Array]  # gives a parameter by its path

@@ -14,6 +14,7 @@ Box = tuple[float, float, float, float]  # xyxy in [0, 1] on the original frame,
 
 MAX_LINE = 500  # characters; real lines have at most 80
 OUTSIDE = "box leaves the image"  # how the reason of every such problem begins
+REPEATED = "question asked again"
 
 _INTEGER = re.compile(r"-?[0-9]{1,6}")
 _PART = re.compile(r"0(\.[0-9]{1,20})?|1(\.0{1,20})?")
@@ -29,7 +30,10 @@ class Record:
     kind: int  # index into vocabulary.KINDS
     tool: str | None  # the instrument asked about
     source: str  # "path:line"
-    think: str | None = None  # reasoning; the boxes in it are [x0, y0, x1, y1] in pixels of the frame
+    think: str | None = (
+        None  # its own reasoning, boxes in pixels of the frame; "" for none, None: written from the labels
+    )
+    want: int | None = None  # what its prompt asks for, index into answer.WANT; None where that is left to the run
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def parse_line(
     index = vocabulary.class_index(answer, classes)
     if index < 0:
         raise Refused(at_answer, f"{answer!r} is none of the {len(classes)} answer classes")
-    if vocabulary.class_kind(index) != kind:
+    if vocabulary.class_kind(index, classes) not in (kind, vocabulary.OTHER):
         raise Refused(at_answer, f"{answer!r} does not answer a question of kind {vocabulary.KINDS[kind]}")
     box, warning = _parse_box(corners, at_box, width, height, strict)
     tool = topic if kind in (vocabulary.STATE, vocabulary.LOCATION) else None

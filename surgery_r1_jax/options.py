@@ -18,7 +18,10 @@ from surgery_r1_jax import config, errors
 class Data(config.Config):
     """Which frames are read and how they are batched."""
 
-    root: str = Field(description="data set folder in the EndoVis-VQLA layout")
+    root: str = Field(description="data set folder: EndoVis-VQLA, or your own frames with a table of records")
+    boxes: Literal["pixel", "unit", "thousand"] | None = Field(
+        None, description="what the boxes of a table of records are written in, where its data.json does not say"
+    )
     split: str = Field("train", description="train, dev, val or all")
     frames: int = Field(8, ge=1, description="frames in a batch, over all processes")
     questions: int = Field(5, ge=1, description="most questions of a frame in one row")

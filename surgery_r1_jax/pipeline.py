@@ -5,6 +5,7 @@ anything is decoded; after that every batch has the same shape, so every program
 batches does not depend on how many processes share it out: each takes its part of every batch and reads no more.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ class Shard(NamedTuple):
 
 def read(settings: options.Data) -> list[Frame]:
     """The frames of the configured split."""
-    frames = records.split(records.read(settings.root, strict=settings.strict), settings.split)
+    frames = records.split(records.read(settings.root, strict=settings.strict, boxes=settings.boxes), settings.split)
     if settings.limit and settings.limit < len(frames):
         frames = [frames[i] for i in np.linspace(0, len(frames) - 1, settings.limit).round().astype(int)]
     return frames
@@ -124,7 +125,14 @@ def rollouts(
 def once(
     frames: Sequence[Frame], encoder: Encoder, settings: options.Data, shard: Shard = Shard()
 ) -> tuple[Iterator[tuple[FrameBatch, Gold]], int]:
-    """Every question of every frame exactly once, in order, the last batch padded; and the number of batches."""
+    """Every question of every frame exactly once, in order, the last batch padded; and the number of batches.
+
+    Answer and box are asked for whatever the records want, because they are judged together.
+    """
+    frames = [
+        dataclasses.replace(frame, records=tuple(dataclasses.replace(record, want=None) for record in frame.records))
+        for frame in frames
+    ]
     rows = plan_rows(frames, settings.questions)
     shape = prompt_shape(frames, encoder, rows)
     batches = [rows[at : at + settings.frames] for at in range(0, len(rows), settings.frames)]
@@ -138,7 +146,7 @@ def once(
 def prompt_shape(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row]) -> Shape:
     """The shape that holds all questions of these rows, one a lane."""
     windows, prefix = plan_prefix(encoder, frames)
-    longest = max(len(encoder.prompt(record)) for frame in frames for record in frame.records)
+    longest = max(len(encoder.prompt(record, examples.wanted(record))) for frame in frames for record in frame.records)
     lanes = max(len(row.records) for row in rows)
     return Shape(windows=windows, prefix=prefix, lanes=lanes, lane_tokens=round_up(longest, 8), scored=0)
 
@@ -150,8 +158,8 @@ def fingerprint(frames: Sequence[Frame], *plan: object) -> str:
     """
     digest = hashlib.sha256(repr(plan).encode())
     for frame in frames:
-        labels = [(record.question, record.answer, record.box, record.think) for record in frame.records]
-        digest.update(json.dumps([frame.id, frame.width, frame.height, labels]).encode())
+        labels = [(record.question, record.answer, record.box, record.think, record.want) for record in frame.records]
+        digest.update(json.dumps([frame.id, frame.width, frame.height, frame.classes, labels]).encode())
         digest.update(hashlib.sha256(Path(frame.image).read_bytes()).digest())
     return digest.hexdigest()
 
@@ -169,6 +177,8 @@ def _branch(frame: Frame, encoder: Encoder, targets: options.Targets, seed: int,
     # One coarse box for an instrument, whichever of its questions is asked.
     name = (_instrument(record) or "").encode()
     box = coarse(record.box, targets.box_slack, np.random.default_rng([seed, number, *name]))
+    if record.want is not None:
+        return encoder.branch(frame, record, box=box, think=True, want=record.want)
     random = np.random.default_rng([seed, number, index])
     think = random.random() < targets.reasoning
     alone = (targets.answer_only, targets.box_only)

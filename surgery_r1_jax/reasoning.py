@@ -23,15 +23,18 @@ PIECES = (
 )
 
 
-def write(frame: Frame, record: Record, *, reference: str = "organ") -> str:
+def write(frame: Frame, record: Record, *, reference: str = "organ") -> str | None:
     """The reasoning for one record of a frame: what the labels say about its instrument, and nothing else.
 
+    None where they say nothing, as to a question in other words than the published ones.
     `reference` is what the data set's locations are relative to (`LocationRule.reference`): where it is
     "organ", and the frame has an organ record, the location is said to be of that organ.
     """
     if record.kind == vocabulary.ORGAN:
         return f"The organ being operated is the {record.answer}."
     tool = record.answer if record.kind == vocabulary.TOOL else record.tool
+    if tool is None:
+        return None
     state = _label(frame, record, tool, vocabulary.STATE)
     place = _label(frame, record, tool, vocabulary.LOCATION)
     organs = {other.answer for other in frame.records if other.kind == vocabulary.ORGAN}
@@ -41,7 +44,7 @@ def write(frame: Frame, record: Record, *, reference: str = "organ") -> str:
         return f"The {tool} at {place} is {state}."
     if place:
         return f"The {tool} is at {place}."
-    return f"The {tool} is {state}."
+    return f"The {tool} is {state}." if state else None
 
 
 def _label(frame: Frame, record: Record, tool: str, kind: int) -> str | None:

@@ -1,7 +1,8 @@
-"""Reads EndoVis-18-VQLA and EndoVis-17-VQLA folders into frames with their questions, and splits them.
+"""Data set folders to frames with their questions, and their splits.
 
-Layouts, in the data set's folder or in one below it such as `Train_Data`; `label/` may be missing, and the
-name of a label file may end in `_QAL`, `_QA` or neither:
+A folder with records.jsonl or records.csv is read by recordfile.py. Any other is one of the published sets, in the
+folder named or in one below it such as `Train_Data`; `label/` may be missing, and the name of a label file may end
+in `_QAL`, `_QA` or neither:
 
     seq_2/left_frames/frame000.png         seq_2/vqla/label/frame000_QAL.txt       (EndoVis-18)
     left_frames/seq2_frame000.jpg          vqla/label/seq2_frame000.txt            (EndoVis-17)
@@ -12,16 +13,15 @@ import hashlib
 import logging
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from PIL import Image
-
-from surgery_r1_jax import vocabulary
+from surgery_r1_jax import recordfile, vocabulary
 from surgery_r1_jax.errors import InputError, printable
-from surgery_r1_jax.labels import Box, Problem, Record, Refused, parse_line
+from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
+from surgery_r1_jax.labels import REPEATED, Box, Problem, Record, Refused, parse_line
+
+__all__ = ("REPEATED", "Box", "Frame", "Record")  # what those who read records also need
 
 # The sequences of the published evaluation. They are reported and select nothing.
 VAL_SEQUENCES = ("seq_1", "seq_5", "seq_16")
@@ -32,41 +32,23 @@ VAL_SEQUENCES = ("seq_1", "seq_5", "seq_16")
 # Training keeps 1,285 of 1,560 frames with all 8 instruments and all 13 states.
 DEV_SEQUENCES = ("seq_6", "seq_12")
 
-REPEATED = "question asked again"  # how the reason of every such problem begins
-
 _MAX_FILE = 1 << 20  # bytes of a label file
 _MAX_DEPTH = 3  # folders between the root and a `vqla` folder
 _FLAT_STEM = re.compile(r"(seq[0-9]{1,6})_(.{1,200})")
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-Report = Callable[[Problem], None]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image with its records; `width` and `height` are those of the upright image in pixels."""
-
-    id: str  # "seq_2/frame000"
-    sequence: str  # "seq_2"; "seq2" in EndoVis-17
-    image: Path
-    width: int
-    height: int
-    records: tuple[Record, ...]
-
-    @property
-    def organ_box(self) -> Box | None:
-        """Box of the organ record, if the frame has one."""
-        return next((record.box for record in self.records if record.kind == vocabulary.ORGAN), None)
 
 
 def read(
     root: str | Path,
     *,
     strict: bool = False,
-    classes: tuple[str, ...] = vocabulary.CLASSES,
+    classes: tuple[str, ...] | None = None,
+    boxes: str | None = None,
     on_problem: Report | None = None,
 ) -> list[Frame]:
     """All frames below `root`, sequences and frames in natural order (seq_2 before seq_10).
+
+    `classes` are the answers, by default those that the data set declares, or else the 18 of EndoVis-18-VQLA.
+    `boxes` is a key of recordfile.BOXES, for a folder that declares none.
 
     A box that leaves its image is clipped with a warning; `strict` makes it an error. `on_problem` is given
     every problem, and what an error costs is left out; without it the first error raises InputError and the
@@ -83,23 +65,15 @@ def read(
     report = on_problem or stop_at_errors
     root = Path(root)
     inside = root.resolve()
-    frames: dict[str, Frame] = {}
-    for home, labels in _label_files(root, inside, report):
-        try:
-            frame, problems = _read_frame(home, labels, inside, classes, strict)
-            if frame.id in frames:
-                raise Refused(f"{labels}:1", f"a second label file for frame {frame.id}; remove one")
-        except Refused as refusal:
-            report(refusal.problem)
-            continue
-        for problem in problems:
-            report(problem)
-        if frame.records:
-            frames[frame.id] = frame
+    if root.is_dir() and (table := recordfile.find(root)):
+        frames = recordfile.read(table, inside, report, classes=classes, boxes=boxes, strict=strict)
+    else:
+        classes = classes or recordfile.declared(root).get("classes", vocabulary.CLASSES)
+        frames = _read_published(root, inside, report, classes, strict)
     if warned:
         logger = logging.getLogger(__name__)
         logger.warning("%s: %d warnings, the first: %s", printable(root), len(warned), warned[0])
-    return list(frames.values())
+    return frames
 
 
 def split_of(sequence: str, dev_sequences: Iterable[str] = DEV_SEQUENCES) -> str:
@@ -109,6 +83,11 @@ def split_of(sequence: str, dev_sequences: Iterable[str] = DEV_SEQUENCES) -> str
     if sequence in VAL_SEQUENCES:
         return "val"
     return "dev" if sequence in dev_sequences else "train"
+
+
+def split_of_frame(frame: Frame, dev_sequences: Iterable[str] = DEV_SEQUENCES) -> str:
+    """The split that a frame's data set gives it or, where it gives none, that of its sequence."""
+    return frame.split or split_of(frame.sequence, dev_sequences)
 
 
 def split(frames: Iterable[Frame], name: str, *, dev_sequences: Iterable[str] = DEV_SEQUENCES) -> list[Frame]:
@@ -121,9 +100,9 @@ def split(frames: Iterable[Frame], name: str, *, dev_sequences: Iterable[str] = 
         raise InputError(f"unknown split {name!r}; take train, dev, val or all")
     if reported := [sequence for sequence in VAL_SEQUENCES if sequence in dev_sequences]:
         raise InputError(f"dev sequence {reported[0]} is in val, which selects nothing; take another")
-    chosen = [frame for frame in frames if name in ("all", split_of(frame.sequence, dev_sequences))]
+    chosen = [frame for frame in frames if name in ("all", split_of_frame(frame, dev_sequences))]
     if not chosen:
-        found = ", ".join(sorted({frame.sequence for frame in frames}, key=_natural)) or "none"
+        found = ", ".join(sorted({frame.sequence for frame in frames}, key=natural)) or "none"
         raise InputError(f"split {name} is empty; the sequences found: {found}; take another split or data set")
     return chosen
 
@@ -142,14 +121,35 @@ def content_overlaps(frames_a: Iterable[Frame], frames_b: Iterable[Frame]) -> li
     ]
 
 
+def _read_published(root: Path, inside: Path, report: Report, classes: tuple[str, ...], strict: bool) -> list[Frame]:
+    """The frames of EndoVis-18-VQLA or EndoVis-17-VQLA; every problem is reported."""
+    frames: dict[str, Frame] = {}
+    for home, labels in _label_files(root, inside, report):
+        try:
+            frame, problems = _read_frame(home, labels, inside, classes, strict)
+            if frame.id in frames:
+                raise Refused(f"{labels}:1", f"a second label file for frame {frame.id}; remove one")
+        except Refused as refusal:
+            report(refusal.problem)
+            continue
+        for problem in problems:
+            report(problem)
+        if frame.records:
+            frames[frame.id] = frame
+    return list(frames.values())
+
+
 def _label_files(root: Path, inside: Path, report: Report) -> list[tuple[Path, Path]]:
     """Every label file with its home, the folder that holds `vqla` and `left_frames`, in natural order."""
     name = printable(root)
     if not root.is_dir():
-        raise InputError(f"{name}: no such folder; name that of EndoVis-18-VQLA or EndoVis-17-VQLA")
+        raise InputError(f"{name}: no such folder; name that of EndoVis-18-VQLA, EndoVis-17-VQLA or your own frames")
     homes = [vqla.parent for vqla in _vqla_folders(root, inside, _MAX_DEPTH, report)]
     if not homes:
-        raise InputError(f"{name}: no labels; expected seq_N/vqla/label/*.txt or vqla/label/*.txt below it")
+        raise InputError(
+            f"{name}: no labels; expected seq_N/vqla/label/*.txt or vqla/label/*.txt below it, or a "
+            f"{' or '.join(recordfile.FILES)} in it"
+        )
     flat = [home for home in homes if _sequence(home) is None]
     if flat and len(homes) > 1:
         raise InputError(f"{name}: more than one data set; name one, such as {printable(flat[0])}")
@@ -168,7 +168,7 @@ def _vqla_folders(folder: Path, inside: Path, depth: int, report: Report) -> Ite
         folders = [child.name for child in folder.iterdir() if child.is_dir()]
     except OSError as error:
         return report(Problem("error", str(folder), f"cannot be listed ({error.strerror})"))
-    for name in sorted(folders, key=_natural):
+    for name in sorted(folders, key=natural):
         child = folder / name
         if name == "left_frames" or name[0] in "._":  # the images, or what an archiver left behind
             continue
@@ -181,7 +181,7 @@ def _vqla_folders(folder: Path, inside: Path, depth: int, report: Report) -> Ite
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.txt"), key=lambda file: _natural(file.name))
+    return sorted(folder.glob("[!.]*.txt"), key=lambda file: natural(file.name))
 
 
 def _sequence(home: Path) -> str | None:
@@ -203,7 +203,7 @@ def _read_frame(
         sequence, name = flat.groups()
     lines = _read_lines(labels, inside)
     image = _find_image(home / "left_frames" / stem, inside, f"{labels}:1")
-    width, height = _image_size(image, f"{labels}:1")
+    width, height = image_size(image, f"{labels}:1")
 
     records: list[Record] = []
     problems: list[Problem] = []
@@ -222,13 +222,13 @@ def _read_frame(
             # Kept: the format has no way to tell two instruments of one name apart.
             problems.append(Problem("warning", source, f"{REPEATED}, first on line {first}; both are kept"))
     problems = [dataclasses.replace(problem, image=str(image)) for problem in problems]
-    return Frame(f"{sequence}/{name}", sequence, image, width, height, tuple(records)), problems
+    return Frame(f"{sequence}/{name}", sequence, image, width, height, tuple(records), None, classes), problems
 
 
 def _read_lines(labels: Path, inside: Path) -> list[tuple[int, bytes]]:
     """The numbered lines that are not blank."""
     start = f"{labels}:1"
-    _require_file(labels, inside, start)
+    require_file(labels, inside, start)
     try:
         with labels.open("rb") as file:
             data = file.read(_MAX_FILE + 1)
@@ -254,44 +254,11 @@ def _find_image(stem: Path, inside: Path, source: str) -> Path:
     for suffix in (".png", ".jpg"):
         image = stem.with_name(stem.name + suffix)
         if os.path.lexists(image):
-            _require_file(image, inside, source)
+            require_file(image, inside, source)
             return image
     raise Refused(source, f"its image {stem}.png (or .jpg) is missing")
-
-
-def _require_file(file: Path, inside: Path, source: str) -> None:
-    """Refuse anything but an ordinary file that, links followed, lies inside; opens nothing."""
-    try:
-        target = file.resolve(strict=True)
-        ordinary = target.is_file()
-    except (OSError, RuntimeError) as error:  # a broken link, links in a circle
-        raise Refused(source, f"{file} cannot be opened ({error})") from None
-    if not target.is_relative_to(inside):
-        raise Refused(source, f"{file} leads out of the data's folder; put the file itself there")
-    if not ordinary:
-        raise Refused(source, f"{file} is not an ordinary file")
-
-
-def _image_size(image: Path, source: str) -> tuple[int, int]:
-    """Width and height of the upright image, from its header."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(image, formats=("PNG", "JPEG")) as header:
-                width, height = header.size
-                # Of a PNG without EXIF data in its header, getexif would decode the pixels to look for more.
-                known = header.format == "JPEG" or "exif" in header.info
-                turned = known and header.getexif().get(0x0112) in _TURNED
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise Refused(source, f"image {image} is not a whole PNG or JPEG ({error})") from None
-    return (height, width) if turned else (width, height)
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sort key that takes runs of digits as numbers."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]

@@ -93,22 +93,23 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
 
     A run is given by the FILE.json that `evaluate` wrote, with FILE.predictions.jsonl beside it, or by a folder with
     metrics.json and predictions.jsonl; metrics.jsonl in the same folder is its learning curve, if it was trained. Of
-    the summary "floors", "facts", "notes", "split" and "data" are taken, the last being the data set's folder where
-    none is given here. Without data the page has no pictures. Scores are counted afresh from the predictions.
+    the summary "floors", "facts", "notes", "classes", "split", "boxes" and "data" are taken, the last being the data
+    set's folder where none is given here. Without data the page has no pictures. Scores are counted afresh from the
+    predictions.
     """
-    floors, facts, notes = {}, {}, {}
-    runs = [_evaluated(Path(given)) for given in run_dirs]
-    for each in runs:
+    stages, floors, facts, notes, boxes = [], {}, {}, {}, None
+    for each in map(_evaluated, map(Path, run_dirs)):
         known = _object(each.summary, each.summary.read_bytes()) if each.summary.exists() else {}
         floors |= known.get("floors", {})
         facts |= {key: str(known[key]) for key in ("data", "split") if key in known} | known.get("facts", {})
         notes |= dict.fromkeys(known.get("notes", []))
-        data = data or known.get("data")
-    frames = {frame.id: frame for frame in records.read(data)} if data else {}
+        data, boxes = data or known.get("data"), boxes or known.get("boxes")
+        stages.append(_stage(each, known.get("classes", vocabulary.EXTENDED_CLASSES)))
+    frames = {frame.id: frame for frame in records.read(data, boxes=boxes)} if data else {}
     write(
         out,
-        title="Surgery-R1: " + ", ".join(each.name for each in runs),
-        stages=[_stage(each) for each in runs],
+        title="Surgery-R1: " + ", ".join(stage.name for stage in stages),
+        stages=stages,
         floors=floors,
         images=lambda frame: images.load(frames[frame].image) if frame in frames else None,
         facts=facts,
@@ -134,9 +135,9 @@ def _evaluated(given: Path) -> Evaluated:
     return Evaluated(given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl")
 
 
-def _stage(run: Evaluated) -> Stage:
+def _stage(run: Evaluated, classes: Sequence[str]) -> Stage:
     """The run as a stage of the page."""
-    outcomes = metrics.from_predictions(run.predictions, vocabulary.EXTENDED_CLASSES)
+    outcomes = metrics.from_predictions(run.predictions, classes)
     predictions = _lines(run.predictions)
     for row, iou in zip(predictions, outcomes.iou.tolist(), strict=True):
         row["iou"] = iou

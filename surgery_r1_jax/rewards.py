@@ -10,12 +10,13 @@ reconstruction. Coherence has several readings in the literature; `joint` is the
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from surgery_r1_jax import boxes, options, vocabulary
+from surgery_r1_jax import boxes, errors, options, vocabulary
 
 LOCATION = vocabulary.KINDS.index("location")
 LEFT_TOP = vocabulary.CLASSES.index("left-top")
@@ -23,6 +24,14 @@ LEFT_TOP = vocabulary.CLASSES.index("left-top")
 
 TIE = 1e-6
 """Centres closer than this are level: far below a pixel, above the rounding of float32."""
+
+
+def require_places(config: options.Reward, classes: Sequence[str]) -> None:
+    """Refuse `geometry`, which reads a quadrant off a class index, for answers without the four locations there."""
+    if config.coherence_form == "geometry" and tuple(classes[LEFT_TOP:][:4]) != vocabulary.LOCATIONS:
+        raise errors.InputError(
+            "reward.coherence_form geometry needs the official classes with their four locations; take another form"
+        )
 
 
 class Judged(NamedTuple):

@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     packed,
     pipeline,
     sharding,
+    vocabulary,
 )
 
 
@@ -39,8 +40,14 @@ class Setup(NamedTuple):
     model: model.Config
 
 
-def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) -> Setup:
-    """Make the run folder and load the model that training starts from onto the mesh.
+def prepare(
+    out: Path,
+    settings: options.SFT | options.GRPO,
+    *,
+    resume: bool,
+    classes: tuple[str, ...] = vocabulary.CLASSES,
+) -> Setup:
+    """Make the run folder and load the model that training starts from onto the mesh; `classes` are the answers.
 
     Raises: InputError for a run that exists already, and for adapters whose base is no longer what it was.
     """
@@ -65,13 +72,14 @@ def prepare(out: Path, settings: options.SFT | options.GRPO, *, resume: bool) ->
         if base is not None:
             base.save(side)
         hf.copy_side_files(loaded.folder, side)
+        hf.write_classes(side, classes)
         config.save(settings, out / "config.yaml")
     if resume and not checkpoint.Base.same(checkpoint.Base.of(out), base):
         raise errors.InputError(
             f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
             "restore them, or start a new run"
         )
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes)
     return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config)
 
 
@@ -170,7 +178,7 @@ class Dev:
         """Greedy answers to all its questions, scored."""
         whole = model.joined(self._frozen, params)
         predictions = evaluate.predict(self._runner, whole, self._frames, self._data, self._settings.max_tokens)
-        scores = evaluate.score(predictions)
+        scores = evaluate.score(predictions, self._runner.encoder.classes)
         journal.metrics(step, flat(scores), split=self._settings.split)
         if scores["joint_rate"] > self._best.rate:
             self._best.save(step, params, scores["joint_rate"])

@@ -64,10 +64,10 @@ def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT)
 def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     out, plan = Path(out), settings.schedule
-    setup = run.prepare(out, settings, resume=resume)
+    frames = pipeline.read(settings.data)
+    setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
 
-    frames = pipeline.read(settings.data)
     stream, _ = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track as progress_bar
 from rich.table import Table
 
-from surgery_r1_jax import check, errors, files, labels, lengths, records, vocabulary
+from surgery_r1_jax import check, errors, files, labels, lengths, recordfile, records, vocabulary
 from surgery_r1_jax.check import Summary
 from surgery_r1_jax.errors import InputError
 
@@ -26,6 +26,7 @@ def main(
     json_path: str | Path | None = None,
     html_path: str | Path | None = None,
     model: str | Path | None = None,
+    boxes: str | None = None,
 ) -> int:
     """Inspect, print, and write the summary as JSON and as a page where wanted; 1 if there are errors, else 0.
 
@@ -38,8 +39,9 @@ def main(
 
     measured = None if model is None else _model(model)
     problems: list[labels.Problem] = []
-    frames = records.read(root, strict=strict, on_problem=problems.append)
-    summary = check.examine(root, frames, problems, strict=strict, model=measured, track=track)
+    frames = records.read(root, strict=strict, boxes=boxes, on_problem=problems.append)
+    space = recordfile.space(root, boxes)
+    summary = check.examine(root, frames, problems, strict=strict, space=space, model=measured, track=track)
     print_summary(summary, Console())
     if json_path is not None:
         _write(json_path, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
@@ -51,10 +53,10 @@ def main(
 
 
 def _model(path: str | Path) -> check.Model:
-    from surgery_r1_jax import checkpoint, evaluate, hf  # seconds: jax
+    from surgery_r1_jax import checkpoint, hf  # seconds: jax
 
     folder = checkpoint.folder_of(path)
-    return check.Model(evaluate.encoder_of(folder, hf.read_config(folder)), lengths.most_tokens(folder))
+    return check.Model(hf.encoder_of(folder, hf.read_config(folder)), lengths.most_tokens(folder))
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -140,7 +140,7 @@ def _phrases() -> Iterator[str]:
     yield from ("system", "user", "assistant")
     yield answer.instruction(codec.RESIZED_PIXELS.units)
     yield from vocabulary.EXTENDED_CLASSES
-    for kind in range(len(vocabulary.KINDS)):
+    for kind in range(vocabulary.OTHER):
         yield from filter(None, vocabulary.ask(kind, "|").split("|"))
     yield from (place.replace("-", " ") for place in vocabulary.LOCATIONS)  # as questions spell it
     yield from filter(None, (answer.prompt("", want) for want in range(len(answer.WANT))))

@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 
 ORGANS = ("kidney",)
 STATES = (
@@ -35,19 +36,18 @@ TOOLS = (
 CLASSES = ORGANS + STATES + LOCATIONS
 EXTENDED_CLASSES = CLASSES + TOOLS
 
-KINDS = ("organ", "state", "location", "tool")
-ORGAN, STATE, LOCATION, TOOL = range(len(KINDS))  # the code of a question type in arrays
+KINDS = ("organ", "state", "location", "tool", "other")
+ORGAN, STATE, LOCATION, TOOL, OTHER = range(len(KINDS))  # the code of a question type in arrays
+
+_KIND_OF = {name: kind for kind, names in enumerate((ORGANS, STATES, LOCATIONS, TOOLS)) for name in names}
 
 
-def class_kind(index: int) -> int:
-    """Kind code of a class index; -1 stays -1."""
-    if index < 0:
-        return -1
-    ends = (len(ORGANS), len(ORGANS + STATES), len(CLASSES))
-    return sum(index >= end for end in ends)
+def class_kind(index: int, classes: Sequence[str] = EXTENDED_CLASSES) -> int:
+    """Kind code of a class index: OTHER for a class that is none of the official ones; -1 stays -1."""
+    return -1 if index < 0 else _KIND_OF.get(classes[index], OTHER)
 
 
-def class_index(text: str, classes: tuple[str, ...] = CLASSES) -> int:
+def class_index(text: str, classes: Sequence[str] = CLASSES) -> int:
     """Index of the class that `text` names, whatever its separators (`_`, `-`, space) and case; -1 if none.
 
     Names that differ only by case (in the 26 classes `Suction`, a state, and `suction`, a tool) keep their

@@ -335,7 +335,7 @@ def test_no_confusable_name_is_accepted():
         assert parse(text, classes=classes).answer == -1, ascii(name)
         if not name.isascii() and not any(char.isspace() for char in name):
             found = parse(tagged("", think=f"It is {name} now"), classes=classes).think_answers
-            assert found == (-1,) * 4, ascii(name)
+            assert set(found) == {-1}, ascii(name)
 
 
 @pytest.mark.parametrize("classes", SETS, ids=len)
@@ -354,15 +354,17 @@ def test_the_last_class_of_each_kind_in_the_reasoning_counts():
     think = "Cutting? No, the suction at left-top of the kidney's edge is Idle; not Retractions, at right-bottom."
     names = vocabulary.EXTENDED_CLASSES
     found = parse(tagged(BODY, think), classes=names).think_answers
-    assert [names[index] for index in found] == ["kidney", "Idle", "right-bottom", "suction"]
+    assert [names[index] for index in found[:4]] == ["kidney", "Idle", "right-bottom", "suction"]
     found = parse(tagged(BODY, think)).think_answers  # of 18 classes none is a tool, and `suction` no state
     assert [names[index] for index in found[:3]] == ["kidney", "Idle", "right-bottom"]
     assert found[3] == -1
+    own = parse(tagged(BODY, "The jaw is half-open, the organ kidney."), classes=("open", "half-open", "kidney"))
+    assert own.think_answers == (2, -1, -1, -1, 1)
 
 
 def test_classes_inside_longer_words_do_not_count():
     think = "Idles _Idle Idle_ xIdle Idle-Cutting left-top-left kidneys \u00e9Idle Idle\u0301 Id\u200ble idle"
-    assert parse(tagged(BODY, think)).think_answers == (-1,) * 4
+    assert set(parse(tagged(BODY, think)).think_answers) == {-1}
 
 
 def test_the_first_four_sound_boxes_of_the_reasoning_count():

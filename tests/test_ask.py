@@ -6,7 +6,7 @@ import pytest
 import toy
 from PIL import Image
 
-from surgery_r1_jax import answer, ask, evaluate, sampling
+from surgery_r1_jax import answer, ask, evaluate, hf, sampling
 from surgery_r1_jax.errors import InputError
 
 STATE = "What is the state of monopolar_curved_scissors?"
@@ -31,7 +31,7 @@ def says(monkeypatch):
 
     def arrange(text, stopped=True):
         def decode(graph, params, prompts, words, settings):
-            encoder = ask.evaluate.encoder_of(*arrange.source)
+            encoder = hf.encoder_of(*arrange.source)
             ids = np.asarray(prompts.branch_ids_BJT[0, 0])[np.asarray(prompts.branch_segment_BJT[0, 0]) > 0]
             asked.append(encoder.chat.decode(ids).partition("<|im_end|>")[0])
             tokens = encoder.chat.completion_ids(text)[: None if stopped else -1]

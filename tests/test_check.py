@@ -51,7 +51,7 @@ def test_a_data_set_in_order_is_counted_and_has_no_problems(tree):
         "val": (1, ("seq_1",)),
     }
     train = summary.splits["train"]
-    assert train.kinds == {"organ": 2, "state": 2, "location": 2, "tool": 0}
+    assert train.kinds == {"organ": 2, "state": 2, "location": 2, "tool": 0, "other": 0}
     assert {name: count for name, count in train.answers.items() if count} == {
         "kidney": 2,
         "Idle": 2,

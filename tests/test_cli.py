@@ -25,6 +25,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "archives.unpack": 7,
     "build.run": {},
     "teacher.Teacher": None,
+    "conversations.run": 0,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -110,13 +111,13 @@ def refusal(capsys, *argv, status=2):
             "data check d",
             "survey.main",
             (Path("d"),),
-            {"strict": False, "json_path": None, "html_path": None, "model": None},
+            {"strict": False, "json_path": None, "html_path": None, "model": None, "boxes": None},
         ),
         (
             "data check d --strict --json f --html g",
             "survey.main",
             (Path("d"),),
-            {"strict": True, "json_path": Path("f"), "html_path": Path("g"), "model": None},
+            {"strict": True, "json_path": Path("f"), "html_path": Path("g"), "model": None, "boxes": None},
         ),
         (
             "data unpack a d --max-size 5GB",
@@ -138,10 +139,16 @@ def refusal(capsys, *argv, status=2):
             | {"dialogues": True, "ask": None},
         ),
         (
+            "data export d o --model h --format sharegpt",
+            "conversations.run",
+            (Path("d"), Path("o")),
+            {"model": Path("h"), "form": "sharegpt", "boxes": None, "strict": False},
+        ),
+        (
             "evaluate --checkpoint k --data d --split dev --out f.json --max-completion 9 --no-blank",
             "evaluate.run",
             (Path("k"), Path("d"), "dev", Path("f.json")),
-            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False},
+            {"frames": 16, "max_tokens": 9, "dtype": "float32", "blank": False, "strict": False, "boxes": None},
         ),
         (
             "export k h --max-shard-size 500MB",

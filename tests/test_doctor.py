@@ -14,7 +14,6 @@ from surgery_r1_jax import (
     codec,
     config,
     doctor,
-    evaluate,
     hf,
     images,
     memory,
@@ -213,7 +212,7 @@ def shorter(entries):
 
 def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, endoscopy, real_folder):
     folder = real_folder("3b")
-    encoder = evaluate.encoder_of(folder, hf.read_config(folder))
+    encoder = hf.encoder_of(folder, hf.read_config(folder))
     frames = pipeline.read(options.Data(root=str(endoscopy), split="all"))
     lengths = doctor.measure(frames, encoder)
     assert lengths.lost == 0
@@ -235,7 +234,7 @@ def job_of(toys, program, **more):
 
 def job_for(settings, folder):
     architecture = hf.read_config(folder)
-    encoder = evaluate.encoder_of(folder, architecture)
+    encoder = hf.encoder_of(folder, architecture)
     batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
     return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 

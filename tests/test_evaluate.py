@@ -354,7 +354,7 @@ def test_a_missing_split_is_refused(folder, tmp_path):
 )
 def test_files_that_do_not_belong_together_are_refused(folder, change, reason):
     with pytest.raises(InputError, match=reason):
-        evaluate.encoder_of(folder, change(hf.read_config(folder)))
+        hf.encoder_of(folder, change(hf.read_config(folder)))
 
 
 def test_scores_are_printed_with_gaps_where_a_column_has_none(capsys):

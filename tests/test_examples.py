@@ -15,7 +15,6 @@ from PIL import Image
 from surgery_r1_jax import (
     answer,
     codec,
-    evaluate,
     examples,
     grid,
     hf,
@@ -45,7 +44,7 @@ def tokenizer(folder):
 
 @pytest.fixture
 def encoder(folder):
-    return evaluate.encoder_of(folder, hf.read_config(folder))
+    return hf.encoder_of(folder, hf.read_config(folder))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import randomised
 import toy
 from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import checkpoint, codec, evaluate, families, grpo, hf, images, log, options, sft, tiny
+from surgery_r1_jax import checkpoint, codec, families, grpo, hf, images, log, options, sft, tiny
 
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 
@@ -54,7 +54,7 @@ def test_a_family_is_trained_reinforced_exported_and_loaded_again(start, data, t
 
     out = checkpoint.export(tmp_path / "grpo", tmp_path / "hf", which="last")
     settings = hf.read_config(out)
-    box_codec = evaluate.encoder_of(out, settings).codec
+    box_codec = hf.encoder_of(out, settings).codec
     assert box_codec is (codec.RESIZED_PIXELS if settings.family == "qwen2_5_vl" else codec.PER_MILLE)
     pytest.importorskip("torch", reason="transformers loads models with PyTorch")
     import transformers

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import toy
 
-from surgery_r1_jax import checkpoint, cli, evaluate, fresh
+from surgery_r1_jax import checkpoint, cli, fresh, hf
 from surgery_r1_jax.errors import InputError
 
 
@@ -19,7 +19,7 @@ def test_the_folder_is_a_model_to_start_from(tmp_path, capsys):
     loaded = checkpoint.load_model(tmp_path / "tiny")
     assert loaded.params["embed"].shape[0] == loaded.config.text.vocab_size
     assert np.isfinite(loaded.params["embed"]).all()
-    assert evaluate.encoder_of(loaded.folder, loaded.config).chat.stop_id
+    assert hf.encoder_of(loaded.folder, loaded.config).chat.stop_id
 
 
 def test_the_seed_decides_the_weights_and_an_existing_folder_is_kept(tmp_path):

@@ -11,7 +11,7 @@ from test_examples import rows_of
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from surgery_r1_jax import answer, check, evaluate, hf, lengths, records, survey, tiny
+from surgery_r1_jax import answer, check, hf, lengths, records, survey, tiny
 from surgery_r1_jax.errors import InputError
 
 
@@ -40,7 +40,7 @@ def with_limit(folder, target, limit):
 
 
 def test_lengths_are_those_of_template_and_image_processor(folder, data):
-    encoder = evaluate.encoder_of(folder, hf.read_config(folder))
+    encoder = hf.encoder_of(folder, hf.read_config(folder))
     tokenizer, processor = AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
     found = lengths.measure(records.read(data), encoder)
     assert len(found) == 9
@@ -54,7 +54,7 @@ def test_lengths_are_those_of_template_and_image_processor(folder, data):
 
 def test_questions_longer_than_the_model_takes_are_errors_of_their_lines(folder, data, tmp_path, capsys):
     longest = max(
-        each.total for each in lengths.measure(records.read(data), evaluate.encoder_of(folder, hf.read_config(folder)))
+        each.total for each in lengths.measure(records.read(data), hf.encoder_of(folder, hf.read_config(folder)))
     )
     assert survey.main(data, model=with_limit(folder, tmp_path / "enough", longest), json_path=tmp_path / "a.json") == 0
     assert json.loads((tmp_path / "a.json").read_text())["tokens"]["over"] == 0
@@ -71,7 +71,7 @@ def test_questions_longer_than_the_model_takes_are_errors_of_their_lines(folder,
 
 def test_a_picture_that_no_model_takes_is_told_and_not_measured(folder, tmp_path):
     write(tmp_path, "seq_2/frame000", size=(300, 1), text="What organ is being operated?|kidney|1,1,61,2\n")
-    encoder = evaluate.encoder_of(folder, hf.read_config(folder))
+    encoder = hf.encoder_of(folder, hf.read_config(folder))
     summary = check.inspect(tmp_path, model=check.Model(encoder, 5))
     assert [p.reason for p in summary.problems] == ["sides of 300x1 differ over 200 to 1; crop or drop it"]
     assert summary.tokens is None

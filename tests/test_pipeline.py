@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from surgery_r1_jax import (
     answer,
-    evaluate,
     examples,
     hf,
     options,
@@ -31,7 +30,7 @@ FRAMES = 9
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
-    return evaluate.encoder_of(folder, hf.read_config(folder))
+    return hf.encoder_of(folder, hf.read_config(folder))
 
 
 @pytest.fixture(scope="module")
