@@ -119,15 +119,13 @@ def _image_name(frame: Frame) -> str:
 
 
 def _write_image(out: Path, frame: Frame, encoder: Encoder) -> None:
-    """The frame as the model sees it. Raises: InputError for one so narrow that it would be resized once more."""
-    size = encoder.resized(frame)
-    if encoder.preprocessor.resized(*size) != size:
-        raise InputError(
-            f"{frame.image}: {frame.width}x{frame.height} is too narrow to keep its boxes; crop or drop it"
-        )
+    """The frame as the model sees it; one so narrow that this is resized once more stays as it is."""
+    picture, size = images.load(frame.image), encoder.resized(frame)
+    if encoder.preprocessor.resized(*size) == size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
     file = out / _image_name(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
-    images.load(frame.image).resize(size, Image.Resampling.BICUBIC).save(file, "PNG", compress_level=1)
+    picture.save(file, "PNG", compress_level=1)
 
 
 def _dataset_info(name: str, splits: Iterable[str]) -> dict:

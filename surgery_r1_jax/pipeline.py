@@ -200,7 +200,8 @@ def _stream(rows: list[Row], example: Callable, settings: options.Data, seed: in
         raise errors.InputError(
             f"{settings.root}: {len(rows)} rows of frames do not fill a batch of {settings.frames}; lower data.frames"
         )
-    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    # Without a number Grain repeats for so long that it cannot count batches of one frame.
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(2**52 // len(rows))
     stream = _batches(order.batch(settings.frames, batch_fn=list), example, settings, shard)
     if settings.workers:
         from absl import flags

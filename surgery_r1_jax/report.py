@@ -104,7 +104,8 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
         facts |= {key: str(known[key]) for key in ("data", "split") if key in known} | known.get("facts", {})
         notes |= dict.fromkeys(known.get("notes", []))
         data, boxes = data or known.get("data"), boxes or known.get("boxes")
-        stages.append(_stage(each, known.get("classes", vocabulary.EXTENDED_CLASSES)))
+        classes = known.get("classes")
+        stages.append(_stage(each, classes if isinstance(classes, list) else vocabulary.EXTENDED_CLASSES))
     frames = {frame.id: frame for frame in records.read(data, boxes=boxes)} if data else {}
     write(
         out,

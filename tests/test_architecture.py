@@ -132,7 +132,7 @@ def test_every_key_in_the_readme_exists():
     known = {*config.keys(options.SFT), *config.keys(options.GRPO)}
     sections = {key.split(".")[0] for key in known if "." in key}
     keys = {key for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", README) if key.split(".")[0] in sections}
-    keys -= {key for key in keys if (PACKAGE / key).exists() or key.endswith((".jsonl", ".yaml"))}
+    keys -= {key for key in keys if (PACKAGE / key).exists() or key.endswith((".json", ".jsonl", ".yaml"))}
     assert len(keys) > 8
     assert keys <= known
 

@@ -143,11 +143,17 @@ def test_what_trainers_would_misread_is_refused_and_nothing_is_left(tmp_path, ro
     assert not list(Path(tmp_path).glob("out*"))
 
 
-def test_a_frame_that_would_be_resized_again_and_a_folder_that_is_there_are_refused(tmp_path):
-    source, model = own(tmp_path / "own", {}), model_folder(tmp_path / "model")
+def test_a_frame_without_a_final_size_stays_as_it_is(tmp_path):
+    source, model = own(tmp_path / "own", {"bbox": [0, 0, 15, 700]}), model_folder(tmp_path / "model")
     Image.new("RGB", (15, 1400)).save(source / "a.png")
-    with pytest.raises(InputError, match="15x1400 is too narrow to keep its boxes"):
-        conversations.run(source, tmp_path / "out", model=model)
-    (tmp_path / "out").mkdir()
+    out = export(source, tmp_path / "out", model, "messages")
+    with Image.open(out / "images/a.png") as picture:
+        assert picture.size == (15, 1400)
+        _, height, width = transformers.AutoImageProcessor.from_pretrained(model)(picture)["image_grid_thw"][0]
+    _, _, reply, _ = texts(json.loads((out / "train.jsonl").read_text()))
+    assert told(reply)[1] == [0, 0, width * 14, height * 7]  # what a trainer with the same limits makes of it
+
+
+def test_a_folder_that_is_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="already exists"):
-        conversations.run(source, tmp_path / "out", model=model)
+        conversations.run(tmp_path / "own", tmp_path, model=tmp_path / "model")

@@ -15,7 +15,7 @@ import toy
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tensors, tiny
+from surgery_r1_jax import hf, model, qwen2_5_vl, sharding, tensors, tiny, vocabulary
 from surgery_r1_jax.errors import InputError
 
 SHARD_BYTES = 60_000
@@ -488,3 +488,13 @@ def test_an_export_never_overwrites(settings, bare, tmp_path):
     assert hf.write_folder(empty, drawn(settings), settings, bare) == empty
     assert (empty / "model.safetensors").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_a_folder_tells_the_answers_it_was_trained_on(tmp_path):
+    assert hf.read_classes(tmp_path) == vocabulary.CLASSES
+    hf.write_classes(tmp_path, ("open", "shut"))
+    assert hf.read_classes(tmp_path) == ("open", "shut")
+    for text in ("{", "[]", '"open"', "[1]", "[" * 9999):
+        (tmp_path / "classes.json").write_text(text)
+        with pytest.raises(InputError, match="not a list of names"):
+            hf.read_classes(tmp_path)

@@ -317,6 +317,54 @@ def test_without_slack_the_boxes_are_exact(encoder, frames):
         assert parsed.box == tuple(map(float, encoder.codec.encode(record.box, *size)))
 
 
+# Records that say themselves what they want
+
+
+def own(frames):
+    """Two frames whose records want an answer, a box reasoned first, both, or do not say."""
+    own = dict(tool=None, kind=vocabulary.OTHER)
+    forms = [dict(want=0, think=""), dict(want=1, think="It gapes."), dict(want=2, think=""), dict(think=None)]
+    return [
+        dataclasses.replace(
+            frame,
+            classes=("open", "shut"),
+            records=tuple(
+                dataclasses.replace(frame.records[0], question=f"Question {i}?", answer="shut", **own, **form)
+                for i, form in enumerate(forms)
+            ),
+        )
+        for frame in frames[:2]
+    ]
+
+
+def test_a_record_that_says_what_it_wants_is_taught_as_it_stands(encoder, frames):
+    frame = own(frames)[0]
+    for targets in (options.Targets(), options.Targets(reasoning=0, box_only=1)):
+        branches = [pipeline._branch(frame, encoder, targets, 0, 0, index) for index in range(4)]
+        texts = [encoder.chat.decode(branch.completion) for branch in branches]
+        assert ["bbox_2d" in text for text in texts] == [False, True, True, True]
+        assert ['"answer"' in text for text in texts] == [True, False, True, not targets.box_only]
+        assert ["<think>It gapes.</think>" in text for text in texts] == [False, True, False, False]
+        assert not any("<think>" in texts[i] for i in (0, 2, 3))  # of what the labels do not tell nothing is made up
+
+
+def test_rollouts_ask_for_what_is_wanted_and_an_evaluation_for_all(encoder, frames):
+    own_frames, own_encoder = own(frames), dataclasses.replace(encoder, classes=("open", "shut"))
+    settings = config(frames=1, questions=4)
+    stream, _ = pipeline.rollouts(own_frames, own_encoder, settings, seed=0)
+    for prompts, gold in take(stream, 2):
+        wanted = {own_frames[n].records[i].want for n, i in asked(gold)}
+        assert wanted == {0, 1, 2, None} and sorted(gold.want_BQ[0]) == [0, 1, 2, 2]
+        assert set(gold.answer_BQ[0]) == {1}  # its place among its own classes
+        told = [
+            encoder.chat.decode(ids[n:])
+            for ids, n in zip(prompts.branch_ids_BJT[0], (prompts.branch_segment_BJT[0] == 0).sum(1), strict=True)
+        ]
+        assert [" Give only the answer." in text for text in told] == [want == 0 for want in gold.want_BQ[0]]
+    batches, _ = pipeline.once(own_frames, own_encoder, settings)
+    assert {int(want) for _, gold in batches for want in gold.want_BQ[gold.valid_BQ]} == {2}
+
+
 # Fingerprint
 
 

@@ -104,6 +104,20 @@ records = st.lists(
 )
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        (STATE, "Idle", None),
+        (TOOL, "suction", None),
+        (vocabulary.OTHER, "open", None),
+        (ORGAN, "kidney", "The organ being operated is the kidney."),
+    ],
+)
+def test_of_a_question_in_other_words_only_what_the_labels_say_is_written(kind, name, text):
+    asked = Record("What do you see?", name, HERE, kind, None, "records.csv:2")
+    assert reasoning.write(frame(asked, IDLE), asked) == text
+
+
 @settings(deadline=None, derandomize=True)
 @given(records, st.sampled_from(("organ", "image")))
 def test_no_trace_contradicts_its_labels(records, reference):
