@@ -14,7 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
-from surgery_r1_jax import cli, config, demo, evaluate, grpo, log, options, records, sft
+from surgery_r1_jax import config, demo, evaluate, grpo, handlers, log, options, records, sft
 
 
 def seconds_of(folder: Path) -> tuple[int, float]:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--only", choices=("coarse", "exact", "no_coherence"), help="run one control")
     args = parser.parse_args()
-    cli.start_devices()
+    handlers.start_devices()
     out = args.demo
     budget = json.loads((out / demo.MARKER).read_text())
     frames = records.split(records.read(out / "data"), "val")[: budget["eval_frames"]]

@@ -1,7 +1,6 @@
-"""The command `surgery-r1`: one parser and one short handler for each thing it does.
+"""The command `surgery-r1`: one parser for each thing it does.
 
-Handlers import what they need when they run, so help and refusals come at once, without jax. A handler returns an
-exit status or None for 0; what it raises becomes one line on standard error and these statuses:
+What a handler raises becomes one line on standard error and these exit statuses:
 
     1    no memory or disk left; `data check` found errors      75   stopped on request, state saved: use --resume
     2    a mistake in the command, a file or the data            130  interrupted from the keyboard
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from surgery_r1_jax import __version__
+from surgery_r1_jax import __version__, handlers
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
 from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
 
@@ -50,182 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def start_devices() -> None:
-    """Set what jax and its companions read when they are first imported; the user's environment wins."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgery_r1_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
-
-
-# The handlers
-
-
-def _demo(args: argparse.Namespace) -> int | None:
-    # Programs this small are compiled for as long as they run: a quarter less of it costs them no speed.
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
-    start_devices()
-    from surgery_r1_jax import demo
-
-    return demo.start(args.out, smoke=args.smoke, seed=args.seed)
-
-
-def _synth(args: argparse.Namespace) -> None:
-    from surgery_r1_jax import synth
-
-    names = synth.write(
-        args.directory,
-        frames=args.frames,
-        seed=args.seed,
-        size=args.size,
-        max_tools=args.max_tools,
-        balance=args.balance,
-        jobs=args.jobs,
-    )
-    print(f"{len(names)} frames written to {args.directory}")
-
-
-def _check(args: argparse.Namespace) -> int | None:
-    if args.model is not None:
-        start_devices()
-    from surgery_r1_jax import survey
-
-    paths = dict(json_path=args.json, html_path=args.html)
-    return survey.main(args.directory, strict=args.strict, **paths, model=args.model, boxes=args.boxes)
-
-
-def _unpack(args: argparse.Namespace) -> None:
-    from surgery_r1_jax import archives, log
-
-    with log.byte_bar("unpacking") as tell:
-        files = archives.unpack(args.archive, args.directory, args.max_size, tell=tell)
-    print(f"{args.archive}: {files} files unpacked to {args.directory}")
-
-
-def _build(args: argparse.Namespace) -> None:
-    from surgery_r1_jax import build, teacher
-
-    if bool(args.teacher) != bool(args.teacher_model):
-        raise InputError("--teacher URL and --teacher-model NAME go together; give both or neither")
-    ask = None
-    if args.teacher:
-        cache = args.teacher_cache or args.out.with_name(f"{args.out.name}.teacher.jsonl")
-        ask = teacher.Teacher(args.teacher, args.teacher_model, cache, jobs=args.teacher_jobs)
-    build.run(
-        args.source,
-        args.out,
-        kinds=args.kinds,
-        split=args.split,
-        seed=args.seed,
-        size=args.size,
-        dialogues=args.dialogues,
-        ask=ask,
-    )
-
-
-def _data_export(args: argparse.Namespace) -> int | None:
-    start_devices()
-    from surgery_r1_jax import conversations
-
-    how = dict(model=args.model, form=args.format, boxes=args.boxes, strict=args.strict)
-    return conversations.run(args.source, args.out, **how)
-
-
-def _init(args: argparse.Namespace) -> None:
-    start_devices()
-    from surgery_r1_jax import fresh
-
-    print(f"untrained tiny model written to {fresh.write(args.hf_dir, seed=args.seed)}")
-
-
-def _sft(args: argparse.Namespace) -> None:
-    from surgery_r1_jax import config, options
-
-    settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-    start_devices()
-    from surgery_r1_jax import sft
-
-    sft.train(settings, args.out, resume=args.resume)
-
-
-def _grpo(args: argparse.Namespace) -> None:
-    from surgery_r1_jax import config, options
-
-    settings = config.load(options.GRPO, args.config, args.overrides)
-    start_devices()
-    from surgery_r1_jax import grpo
-
-    grpo.train(settings, args.out, resume=args.resume)
-
-
-def _evaluate(args: argparse.Namespace) -> int | None:
-    start_devices()
-    from surgery_r1_jax import evaluate
-
-    return evaluate.run(
-        args.checkpoint,
-        args.data,
-        args.split,
-        args.out,
-        frames=args.batch_frames,
-        max_tokens=args.max_completion,
-        dtype=args.dtype,
-        blank=args.blank,
-        strict=args.strict,
-        boxes=args.boxes,
-    )
-
-
-def _export(args: argparse.Namespace) -> None:
-    start_devices()
-    from surgery_r1_jax import checkpoint, log
-
-    how = dict(dtype=args.dtype, which=args.which, merge=args.merge, max_shard_bytes=args.max_shard_size)
-    with log.byte_bar("exporting") as tell:
-        folder = checkpoint.export(args.checkpoint, args.hf_dir, **how, tell=tell)
-    print(f"{args.checkpoint} written to {folder}")
-
-
-def _import(args: argparse.Namespace) -> None:
-    start_devices()
-    from surgery_r1_jax import checkpoint, log
-
-    with log.byte_bar("importing") as tell:
-        folder = checkpoint.import_folder(args.hf_dir, args.out, dtype=args.dtype, tell=tell)
-    print(f"{args.hf_dir} written to {folder}")
-
-
-def _ask(args: argparse.Namespace) -> int | None:
-    start_devices()
-    from surgery_r1_jax import ask
-
-    return ask.run(args.checkpoint, args.image, args.question, save=args.save)
-
-
-def _doctor(args: argparse.Namespace) -> int | None:
-    from surgery_r1_jax import options
-
-    if (args.config is None) == (args.checkpoint is None):
-        raise InputError("give either --config FILE or --checkpoint DIR; see surgery-r1 doctor --help")
-    settings = options.load(args.config, args.overrides) if args.config else None
-    start_devices()
-    from surgery_r1_jax import doctor
-
-    return doctor.start(settings, args.config) if settings else doctor.describe(args.checkpoint)
-
-
-def _report(args: argparse.Namespace) -> int | None:
-    from surgery_r1_jax import report
-
-    return report.run(args.run_dirs, args.out, data=args.data)
-
-
-# The command line
-
-
 def commands() -> dict[str, Parser]:
     """Every command's parser by its name."""
     table: dict[str, Parser] = {}
@@ -247,12 +70,13 @@ def commands() -> dict[str, Parser]:
         add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
         add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
 
-    add = command("demo", _demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
+    add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
     add("--out", type=Path, required=True, metavar="DIR", help="directory for data, model, runs and report")
     add("--smoke", action="store_true", help="only a few steps, to see that everything works (default: off)")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
-    add = command("data synth", _synth, "Draw a data set of synthetic frames.", "data/synth --frames 200 --seed 0")
+    about = "Draw a data set of synthetic frames."
+    add = command("data synth", handlers.synth, about, "data/synth --frames 200 --seed 0")
     add("directory", type=Path, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
     add("--frames", type=number(int, 1), required=True, metavar="N", help="number of frames")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
@@ -268,7 +92,7 @@ def commands() -> dict[str, Parser]:
     add("--jobs", type=number(int, 1), default=1, metavar="N", help="processes that draw (default: %(default)s)")
 
     example = "data/EndoVis-18-VQLA --html check.html --model checkpoints/Qwen2.5-VL-3B-Instruct"
-    add = command("data check", _check, "Find all that is wrong with a data set before a run does.", example)
+    add = command("data check", handlers.check, "Find all that is wrong with a data set before a run does.", example)
     add("directory", type=Path, metavar="DIR", help=DATA)
     boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
@@ -276,14 +100,15 @@ def commands() -> dict[str, Parser]:
     add("--html", type=Path, metavar="FILE", help="write a page with pictures too (default: not written)")
     add("--model", type=Path, metavar="HF_DIR", help="count tokens as this model's folder does (default: not counted)")
 
-    add = command("data unpack", _unpack, "Unpack an archive that nobody vouches for.", "EndoVis-18-VQLA.zip data/raw")
+    about = "Unpack an archive that nobody vouches for."
+    add = command("data unpack", handlers.unpack, about, "EndoVis-18-VQLA.zip data/raw")
     add("archive", type=Path, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
     add("directory", type=Path, metavar="DIR", help="new folder")
     add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
 
     example = "data/EndoVis-18-VQLA data/train54k --kinds vqa_direct,grounding_direct,vqla_cot=2 --seed 0"
     add = command(
-        "data build", _build, "Make a training set: each question in six kinds, half with reasoning.", example
+        "data build", handlers.build, "Make a training set: each question in six kinds, half with reasoning.", example
     )
     add("source", type=Path, metavar="SOURCE", help="data set folder, or a list of labels without images")
     add("out", type=Path, metavar="OUT", help="new folder: records, statistics, frames")
@@ -302,7 +127,7 @@ def commands() -> dict[str, Parser]:
     add("--teacher-cache", type=Path, metavar="FILE", help="keeps its answers (default: OUT.teacher.jsonl)")
 
     example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
-    add = command("data export", _data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
+    add = command("data export", handlers.data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
     add("source", type=Path, metavar="SOURCE", help=DATA)
     add("out", type=Path, metavar="OUT", help="new folder: conversations and images")
     add("--model", type=Path, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
@@ -311,17 +136,17 @@ def commands() -> dict[str, Parser]:
     boxes(add)
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
-    add = command("init", _init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
+    add = command("init", handlers.init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
     sft_example = "--config configs/sft_3b.yaml --out runs/sft_3b --optimizer.learning_rate=1e-5"
-    config_and_run(command("sft", _sft, "Fine-tune on answers, boxes and reasoning.", sft_example, True))
+    config_and_run(command("sft", handlers.sft, "Fine-tune on answers, boxes and reasoning.", sft_example, True))
     grpo_example = "--config configs/grpo_3b.yaml --out runs/grpo_3b --sampler.temperature=1.0"
-    config_and_run(command("grpo", _grpo, "Reinforce a fine-tuned model by GRPO.", grpo_example, True))
+    config_and_run(command("grpo", handlers.grpo, "Reinforce a fine-tuned model by GRPO.", grpo_example, True))
 
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
-    add = command("evaluate", _evaluate, "Answer every question of a split and score the answers.", example)
+    add = command("evaluate", handlers.evaluate, "Answer every question of a split and score the answers.", example)
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
     add("--data", type=Path, required=True, metavar="DIR", help=DATA)
     boxes(add)
@@ -344,7 +169,7 @@ def commands() -> dict[str, Parser]:
     )
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
-    add = command("export", _export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
+    add = command("export", handlers.export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
@@ -360,14 +185,14 @@ def commands() -> dict[str, Parser]:
 
     example = "checkpoints/Qwen2.5-VL-3B-Instruct imported/qwen2_5_3b"
     about = "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts."
-    add = command("import", _import, about, example)
+    add = command("import", handlers.import_folder, about, example)
     sums = "weights are held against its SHA256SUMS or *.sha256, if any"
     add("hf_dir", type=Path, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
     add("out", type=Path, metavar="OUT", help="new run directory")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
 
     example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
-    add = command("ask", _ask, "Ask one question about one image.", example)
+    add = command("ask", handlers.ask, "Ask one question about one image.", example)
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
     add("--image", type=Path, required=True, metavar="FILE", help="JPEG or PNG frame")
     add("question", metavar="QUESTION", help="the question, in quotes")
@@ -375,7 +200,7 @@ def commands() -> dict[str, Parser]:
 
     example = "--config configs/grpo_7b.yaml --compute.mesh=[1,4,2]"
     about = "Tell what a run would be, or what a model is: sizes, tokens, memory, and what is amiss."
-    add = command("doctor", _doctor, about, example, True)
+    add = command("doctor", handlers.doctor, about, example, True)
     add("--config", type=Path, metavar="FILE", help="YAML configuration of a run (default: none)")
     add(
         "--checkpoint", type=Path, metavar="DIR", help="instead: a run directory or Hugging Face folder (default: none)"
@@ -383,7 +208,7 @@ def commands() -> dict[str, Parser]:
 
     add = command(
         "report",
-        _report,
+        handlers.report,
         "Make one page from the evaluations of some runs.",
         "runs/sft/val.json runs/grpo/val.json --out report.html",
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import surgery_r1_jax
-from surgery_r1_jax import cli, config, options
+from surgery_r1_jax import cli, config, handlers, options
 from surgery_r1_jax.errors import InputError, NumericError, Preempted
 
 TARGETS = {  # what the handlers call, and an answer of the right kind
@@ -58,7 +58,7 @@ def calls(monkeypatch):
         setattr(module, function, record)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(surgery_r1_jax, name, module, raising=False)
-    monkeypatch.setattr(cli, "start_devices", lambda: received.append("start_devices"))
+    monkeypatch.setattr(handlers, "start_devices", lambda: received.append("start_devices"))
     monkeypatch.setattr(config, "load", lambda *given: given)  # what was to be read stands for what was read
     monkeypatch.setattr(options, "load", lambda *given: given)
     return received
@@ -339,13 +339,13 @@ def test_starting_devices_respects_the_environment(monkeypatch):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    cli.start_devices()
+    handlers.start_devices()
     assert os.environ[names[0]] == str(Path.home() / ".cache" / "surgery_r1_jax" / "xla")
     assert (os.environ[names[1]], os.environ[names[2]]) == ("0.5", "2")
     assert flags.FLAGS.is_parsed()
     for name in names:
         monkeypatch.setenv(name, "/mine")
-    cli.start_devices()
+    handlers.start_devices()
     assert [os.environ[name] for name in names] == ["/mine"] * 3
 
 
@@ -374,7 +374,7 @@ def test_a_mistyped_key_is_refused_in_three_seconds_without_jax(tmp_path, progra
     out = [] if program == "doctor" else ["--out", str(tmp_path / "run")]
     code = f"""
 import sys
-from surgery_r1_jax import cli
+from surgery_r1_jax import cli, handlers
 assert cli.main({[program, "--config", str(path), *out]}) == 2
 assert "jax" not in sys.modules
 """
