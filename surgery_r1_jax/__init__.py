@@ -2,9 +2,9 @@
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
-    labels, answers, words   errors files folders config options vocabulary labels archives frames recordfile
-                             records location floors images likeness leaks spaces surgery_vqla codec answer
-                             reasoning traces claims tracecheck labellist teacher build
+    labels, answers, words   errors files folders config options vocabulary labels archives codec answer
+                             frames recordfile records location floors images likeness leaks spaces
+                             surgery_vqla reasoning traces claims tracecheck labellist teacher build
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples lengths check pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model

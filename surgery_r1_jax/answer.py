@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 
 from surgery_r1_jax import vocabulary
 from surgery_r1_jax.errors import InputError
-from surgery_r1_jax.records import Box
+from surgery_r1_jax.labels import Box
 
 WANT = ("answer", "box", "both")  # what a prompt asks for; the index is its code
 

@@ -32,17 +32,9 @@ from rich.table import Table
 
 from surgery_r1_jax import answer, labellist, location, records, teacher, tracecheck, traces, vocabulary
 from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.recordfile import FORMS
 from surgery_r1_jax.records import Box, Frame, Record
 
-# What is wanted (index into answer.WANT), and whether reasoning stands in front.
-FORMS = {
-    "vqa_direct": (0, False),
-    "grounding_direct": (1, False),
-    "vqla_direct": (2, False),
-    "vqa_cot": (0, True),
-    "grounding_cot": (1, True),
-    "vqla_cot": (2, True),
-}
 MOST = 100  # records of one kind from one question
 
 _OURS = {"frames", "records.jsonl", "data.json", "stats.json", "dialogues.jsonl"}
@@ -100,6 +92,8 @@ def run(
     frames, with_images = read(source, size)
     if ask and not with_images:
         raise InputError(f"{printable(source)}: a list of labels has no frames for a teacher to look at; name a folder")
+    if any(record.want is not None for frame in frames for record in frame.records):
+        raise InputError(f"{printable(source)}: its records are told what to ask for already; build from their source")
     rule, *_ = location.fit(frames)
     frames = records.split(frames, split)
     items = list(plan(frames, kinds, seed))
@@ -121,7 +115,7 @@ def run(
         about = {
             "name": out.name,
             "boxes": "pixel",
-            "classes": vocabulary.CLASSES,
+            "classes": frames[0].classes,
             "location": dataclasses.asdict(rule),
         }
         if not with_images:
@@ -196,7 +190,7 @@ def _row(item: Item) -> dict:
         "id": item.id,
         "image": str(_image(frame)),
         "sequence": frame.sequence,
-        "split": records.split_of(frame.sequence),
+        "split": records.split_of_frame(frame),
         "kind": item.form,
         "want": answer.WANT[item.want],
         "question": record.question,

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from surgery_r1_jax.records import Box
+from surgery_r1_jax.labels import Box
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@
     image       path below ROOT of a PNG or JPEG          reasoning   text before the answer
     question    any text                                  sequence    the video; without it the image's folder
     answer      one of the classes                        split       train, dev, val or external
-    bbox        x0 y0 x1 y1, or a JSON list               want, kind  what the prompt asks for: WANT, FORMS
+    bbox        x0 y0 x1 y1, or a JSON list               want, kind  what the prompt asks for: answer.WANT, FORMS
 
 Boxes are edges, counted from 0 at the left and the top: the whole of a 640x480 frame is 0 0 640 480 in pixels, 0 0 1 1
 in units, 0 0 1000 1000 in thousandths. Which of them is declared once, in data.json or by who reads; never guessed.
@@ -20,17 +20,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from surgery_r1_jax import vocabulary
-from surgery_r1_jax.errors import InputError, one_line
+from surgery_r1_jax import answer, vocabulary
+from surgery_r1_jax.errors import InputError, one_line, printable
 from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
-from surgery_r1_jax.labels import MAX_LINE, REPEATED, Box, Problem, Record, Refused, printable, unit_box
+from surgery_r1_jax.labels import MAX_LINE, REPEATED, Box, Problem, Record, Refused, unit_box
 
 FILES = ("records.jsonl", "records.csv")
 REQUIRED = ("image", "question", "answer", "bbox")
 OPTIONAL = ("reasoning", "sequence", "split", "id", "kind", "want")
 BOXES = {"pixel": None, "unit": 1, "thousand": 1000}  # length of a side in what boxes are written in; None: its pixels
 SPLITS = ("train", "dev", "val", "external")
-WANT = ("answer", "box", "both")
 FORMS = {  # of a training set in the manner of Surgery-R1-54k: what is wanted, and whether it is reasoned first
     f"{name}_{how}": (want, how == "cot")
     for want, name in enumerate(("vqa", "grounding", "vqla"))
@@ -218,9 +217,9 @@ def _seen(rows: Iterable[Row], source: str) -> tuple[str, ...]:
     if len(answers) > MAX_CLASSES:
         raise InputError(f"{printable(source)}: {len(answers)} different answers; they must be classes, not free text")
     names: list[str] = []
-    for answer in answers:
-        if vocabulary.class_index(answer, names) < 0:  # another spelling of one that is there is no class
-            names.append(answer)
+    for name in answers:
+        if vocabulary.class_index(name, names) < 0:  # another spelling of one that is there is no class
+            names.append(name)
     return _checked(names, source)
 
 
@@ -266,6 +265,7 @@ def _add(
     question, kind, tool = _question(row["question"], index, classes, source)
     box, warning = _box(row["bbox"], side, frame.size, source, strict)
     think, want = _form(row, source)
+    think = think and _in_pixels(think, side, frame.size)
     record = Record(question, classes[index], box, kind, tool, source, think, want)
     frame.records.append(record)
     if warning:
@@ -328,14 +328,22 @@ def _box(
     return unit_box(edges, text, source, width, height, strict)
 
 
+def _in_pixels(text: str, side: float | None, size: tuple[int, int]) -> str:
+    """Reasoning whose boxes are written as those of the table, with boxes in pixels."""
+    if side is None:
+        return text
+    scale = [length / side for length in size * 2]
+    return answer.map_boxes(text, lambda box: [edge * by for edge, by in zip(box, scale, strict=True)])
+
+
 def _form(row: Mapping[str, object], source: str) -> tuple[str | None, int | None]:
     """The reasoning and what is wanted, in the words of `Record`: a line that tells its form is taken as it stands."""
     think, want, kind = row.get("reasoning"), row.get("want"), row.get("kind")
     if think is not None and len(think) > _MAX_TEXT:
         raise Refused(source, f"reasoning of {len(think)} characters; {_MAX_TEXT} is the most")
-    if want is not None and want not in WANT:
-        raise Refused(source, f"want {want!r:.40}; take {', '.join(WANT)}")
-    code = None if want is None else WANT.index(want)
+    if want is not None and want not in answer.WANT:
+        raise Refused(source, f"want {want!r:.40}; take {', '.join(answer.WANT)}")
+    code = None if want is None else answer.WANT.index(want)
     if kind is not None:
         if kind not in FORMS:
             raise Refused(source, f"kind {kind!r:.40}; take {', '.join(FORMS)}")

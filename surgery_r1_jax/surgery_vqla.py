@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from surgery_r1_jax import images, records, vocabulary
+from surgery_r1_jax.answer import WANT
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.frames import Frame
-from surgery_r1_jax.recordfile import WANT
 
 _VQLA = """@inproceedings{bai2023surgicalvqla,
   title={Surgical-{VQLA}: Transformer with Gated Vision-Language Embedding for Visual Question Localized-Answering in

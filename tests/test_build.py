@@ -213,3 +213,20 @@ def test_a_part_of_the_real_labels_becomes_six_times_as_many_records(tmp_path):
     stats = build.run(some, tmp_path / "out")
     assert (stats["records"], stats["refused"]) == (1800, {})
     assert time.monotonic() - since < 60
+
+
+def test_what_is_built_is_read_as_it_was_meant_and_not_built_upon(source, tmp_path):
+    build.run(source, tmp_path / "out")
+    before = {frame.id: frame for frame in records.read(source)}
+    after = records.read(tmp_path / "out")
+    rows = lines(tmp_path / "out" / "records.jsonl")
+    assert [(r.question, r.answer, r.want, r.think) for frame in after for r in frame.records] == [
+        (row["question"], row["answer"], answer.WANT.index(row["want"]), row.get("reasoning", "")) for row in rows
+    ]
+    for frame in after:
+        original = before[frame.id.removeprefix("frames/").removesuffix(".png")]
+        assert records.split_of_frame(frame) == records.split_of_frame(original)
+        assert {r.box for r in frame.records} == {r.box for r in original.records}
+        assert frame.image.read_bytes() == original.image.read_bytes()
+    with pytest.raises(InputError, match="its records are told what to ask for already; build from their source"):
+        build.run(tmp_path / "out", tmp_path / "again")

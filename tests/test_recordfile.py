@@ -179,6 +179,14 @@ def test_a_record_tells_what_it_wants_and_its_reasoning(tmp_path, row, form):
     assert (frame.records[0].think, frame.records[0].want) == form
 
 
+@pytest.mark.parametrize(("boxes", "box"), [("pixel", "[16, 12, 32, 36]"), ("unit", "[0.25, 0.25, 0.5, 0.75]")])
+def test_boxes_in_reasoning_are_written_as_those_of_the_table_and_read_as_pixels(tmp_path, boxes, box):
+    row = {"reasoning": f"The jaw {box} gapes [sic].", "bbox": [0, 0, 1, 1]}
+    (frame,) = records.read(write_lines(tmp_path, row, about=json.dumps({"boxes": boxes})))
+    assert (frame.width, frame.height) == (64, 48)
+    assert frame.records[0].think == "The jaw [16, 12, 32, 36] gapes [sic]."
+
+
 def test_the_six_forms_of_a_question_are_no_repetition_but_a_seventh_is(tmp_path):
     rows = [{"kind": kind} | ({"reasoning": "It gapes."} if kind.endswith("cot") else {}) for kind in recordfile.FORMS]
     assert len(rows) == 6
