@@ -182,7 +182,7 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
 
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
     rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
-    monkeypatch.setattr(evaluate, "score", lambda predictions: {"joint_rate": next(rates)})
+    monkeypatch.setattr(evaluate, "score", lambda *_: {"joint_rate": next(rates)})
     schedule = options.Schedule(steps=STEPS, eval_every=1, save_every=1, log_every=1)
     sft.train(sft_settings(place, schedule=schedule), tmp_path)
     assert steps(tmp_path / "checkpoints") == [4, 5]
