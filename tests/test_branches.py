@@ -65,7 +65,8 @@ def test_logits_equal_flat_rows_for_ragged_branches(config, params, frames, lane
             j = next(j for j, lane in enumerate(per_frame) if i in lane)
             at = sum(len(f.branches[k]) for k in per_frame[j][: per_frame[j].index(i)])
             ours = shared[b, j, at : at + len(branch)]
-            np.testing.assert_allclose(ours, flat[row, 0, : len(branch)], atol=1e-5, rtol=0)
+            # Logits reach 5, where float32 is 5e-7 apart; the sums of the tests' kernels lie up to 1.1e-5 from these.
+            np.testing.assert_allclose(ours, flat[row, 0, : len(branch)], atol=2e-5, rtol=0)
             row += 1
 
 

@@ -424,6 +424,19 @@ def test_a_base_in_four_bits_is_small_and_its_adapters_learn(place, tmp_path, ki
     assert checkpoint.load_model(tmp_path / "run").params
 
 
+def test_adapters_over_a_packed_base_learn_the_same_on_a_mesh(place, tmp_path):
+    pytest.importorskip("qwix", reason="a base in four bits is packed by qwix")
+    adapters = options.Lora(rank=4, alpha=32, dropout=0.05, targets=ALL, base="nf4")
+    losses = {}
+    for mesh in ((1, 1, 1), (1, 2, 2)):
+        plan = options.Schedule(steps=3, save_every=3, log_every=1)
+        settings = settings_of(options.SFT, place, lora=adapters, schedule=plan, compute=options.Compute(mesh=mesh))
+        out = tmp_path / str(mesh)
+        sft.train(settings, out)
+        losses[mesh] = [row["loss"] for row in log.read_metrics(out / "metrics.jsonl") if "loss" in row]
+    np.testing.assert_allclose(*losses.values(), rtol=1e-5)
+
+
 def test_without_qwix_a_base_in_four_bits_is_refused(place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(errors.InputError, match="need qwix; pip install qwix, or take bfloat16"):
