@@ -39,7 +39,7 @@ def run(
 
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(checkpoint_dir, mesh)
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, classes=loaded.classes)
     record = Record(question, answer="", box=NOWHERE, kind=kind, tool=None, source=str(image))
     frame = Frame("asked", "asked", Path(image), *picture.size, (record,))
     # One frame fills one place of the mesh; the others hold padding.

@@ -10,6 +10,7 @@ Orbax writes beside the target and renames, so a killed save leaves no step that
 import functools
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,12 +132,16 @@ class Base(config.Config):
     """What the adapters of a run correct: the file base.json."""
 
     path: str  # of the model that the run started from
-    digest: str | None  # of its parameters in bfloat16, which tells the same of it however it is kept; None: not known
+    digest: str | None  # its `identity`; None: not known
     lora: options.Lora
 
-    def save(self, folder: Path) -> None:
-        """Write the file into a folder."""
-        files.write_text(folder / BASE, self.model_dump_json(indent=2) + "\n")
+    @staticmethod
+    def write(base: "Base | None", folder: Path) -> None:
+        """Write the file into a folder; with None see that there is none."""
+        if base is None:
+            (folder / BASE).unlink(missing_ok=True)
+        else:
+            files.write_text(folder / BASE, base.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def of(cls, folder: Path) -> "Base | None":
@@ -153,9 +158,9 @@ class Base(config.Config):
         about = lambda base: base and (base.digest, base.lora)  # noqa: E731
         return about(one) == about(other)
 
-    def check(self, params: dict, folder: Path) -> None:
-        """Raises InputError where these are not the parameters that the adapters in `folder` were trained on."""
-        if self.digest not in (None, now := digest(params, "bfloat16")):
+    def check(self, now: str, folder: Path) -> None:
+        """Raises InputError where the model of this identity is not the one that adapters in `folder` correct."""
+        if self.digest not in (None, now):
             raise errors.InputError(
                 f"{folder}: its adapters were trained on another model than {self.path} holds now (digest "
                 f"{self.digest[:12]}, now {now[:12]}); restore that one"
@@ -168,18 +173,28 @@ class Loaded(NamedTuple):
     config: model.Config
     params: dict
     folder: Path  # where its tokenizer and preprocessor files lie
+    merged: str | None = None  # identity of a model that adapters were merged into
+    classes: tuple[str, ...] | None = None  # the answers it was trained on, where its folder does not say
 
 
-def folder_of(path: str | Path) -> Path:
-    """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie."""
+def folder_of(path: str | Path, above: tuple[Path, ...] = ()) -> Path:
+    """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie.
+
+    Raises: InputError for an adapter whose base is not here, or is one of those `above` it.
+    """
     path, inside = Path(path), Path(path) / "model"
     if (inside / "config.json").is_file():
         return inside
-    return folder_of(peft.base_of(path)) if peft.holds(path) else path
+    return folder_of(peft.base_of(path), _below(above, path)) if peft.holds(path) else path
 
 
 def load_model(
-    path: str | Path, mesh: jax.sharding.Mesh | None = None, *, which: str = "best", dtype: str = "float32"
+    path: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    which: str = "best",
+    dtype: str = "float32",
+    above: tuple[Path, ...] = (),
 ) -> Loaded:
     """The model in a Hugging Face folder or a run folder (its best parameters, or its last where there are none).
 
@@ -189,9 +204,14 @@ def load_model(
     settings = hf.read_config(folder)
     if found := adapters_of(path, settings, mesh, which):
         base, adapters = found
-        params = load_model(base.path, mesh, dtype=dtype).params
-        base.check(params, path)
-        return Loaded(settings, lora.merged(params, adapters, base.lora), folder)
+        if not os.path.isdir(base.path):
+            raise errors.InputError(f"{path / 'model' / BASE}: its base {base.path} is not here; write where it is")
+        below = load_model(base.path, mesh, dtype=dtype, above=_below(above, path))
+        base.check(identity(below), path)
+        chain = [identity(below), digest(adapters), base.lora.scale]
+        merged = hashlib.sha256(json.dumps(chain).encode()).hexdigest()
+        own = hf.read_classes(path) if (path / hf.CLASSES).is_file() else below.classes
+        return Loaded(settings, lora.merged(below.params, adapters, base.lora), folder, merged, own)
     _, abstract = model.build(settings)
     shardings = None if mesh is None else sharding.of_params(abstract, mesh)
     if folder == path:
@@ -237,8 +257,12 @@ def export(
         raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")
     if found and not merge:
         base, adapters = found
-        about = dict(base=base.path, digest=base.digest, dtype=dtype, card=card(adapter=True))
-        return peft.write(out, adapters, base.lora, settings, **about)
+        if not (Path(base.path) / "config.json").is_file():
+            raise errors.InputError(
+                f"{source}: its adapters correct {base.path}, which is no Hugging Face folder; export with --merge"
+            )
+        about = dict(base=base.path, digest=base.digest, classes=folder / hf.CLASSES)
+        return peft.write(out, adapters, base.lora, settings, **about, dtype=dtype, card=card(adapter=True))
     take = _taker(source, settings, which, dtype)
     how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card(), tell=tell)
     return hf.write_parameters(out, take, settings, folder, **how)
@@ -251,6 +275,8 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     import that was stopped, which is begun anew.
     """
     source, out = Path(source), Path(out)
+    if peft.holds(source):
+        raise errors.InputError(f"{source}: holds adapters; export it with --merge first, and import that")
     settings, mesh = hf.read_config(source), sharding.make_mesh()
     hf.encoder_of(source, settings)  # what would be refused at every start from it is refused here
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -267,6 +293,21 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
         (out / "model").mkdir(parents=True, exist_ok=True)
         hf.copy_side_files(source, out / "model")
     return out
+
+
+def identity(loaded: Loaded) -> str:
+    """Tells a model from others, whatever dtype it was loaded in, and the same on every machine.
+
+    That of merged adapters is made of those of their parts: merged numbers are rounded differently here and there.
+    """
+    return loaded.merged or digest(loaded.params, "bfloat16")
+
+
+def _below(above: tuple[Path, ...], path: Path) -> tuple[Path, ...]:
+    """The folders of adapters on the way to a base. Raises: InputError where one comes again."""
+    if path.resolve() in above:
+        raise errors.InputError(f"{path}: is its own base by way of others; mend base_model_name_or_path or {BASE}")
+    return (*above, path.resolve())
 
 
 def digest(params: dict, dtype: str = "float32") -> str:

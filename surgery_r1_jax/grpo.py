@@ -122,7 +122,7 @@ lay_out = jax.jit(sampling.branches, static_argnums=2)
 
 def update(graph, tx, settings: options.GRPO, state: optim.TrainState, frozen, experience: Experience, allowed_V):
     """One optimiser step on graded frames; `frozen` is what else the graph wants, which stays as it is."""
-    noise = lora.noise(state.params, settings.lora, jax.random.fold_in(jax.random.key(settings.seed), state.step))
+    key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
     # With dropout the policy that is updated is not quite the one that drew. Where each rollout serves one update,
     # it is compared with itself, as TRL does.
     own = bool(settings.lora.dropout) and settings.updates * settings.minibatches == 1
@@ -130,7 +130,8 @@ def update(graph, tx, settings: options.GRPO, state: optim.TrainState, frozen, e
         experience.mask_BJT, max_completion=settings.sampler.max_tokens, parts=settings.accumulate
     )
 
-    def part_loss(params, part: Experience):
+    def part_loss(params, part: Experience, number):
+        noise = lora.noise(params, settings.lora, jax.random.fold_in(key, number))
         whole_params = model.joined(frozen, noise, optim.freeze(params, settings.optimizer))
         scores = token_scores(graph, settings, whole_params, part.batch, allowed_V)
         return objectives.policy_loss(
@@ -150,7 +151,7 @@ def update(graph, tx, settings: options.GRPO, state: optim.TrainState, frozen, e
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
     (loss, stats), gradients = run.sum_over_parts(
-        lambda part: grad(state.params, part), experience, settings.accumulate, join
+        lambda part, number: grad(state.params, part, number), experience, settings.accumulate, join
     )
     state, more = optim.update(state, loss, gradients, tx)
     return state, stats | more | {"loss": loss}
@@ -206,7 +207,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
     reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if settings.objective.beta > 0 else None
-    reference_hash = checkpoint.digest(reference) if reference is not None else None
+    reference_hash = setup.start if reference is not None else None
     reference_graph, _ = model.build(setup.model, settings.compute)
     steps = plan.steps * settings.updates * settings.minibatches
     tx = optim.transformation(settings.optimizer, steps, setup.params)

@@ -36,6 +36,7 @@ from surgery_r1_jax import (
 )
 from surgery_r1_jax.weights import Form, turned
 
+CLASSES = "classes.json"
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
 SIDE_FILES = (
     "generation_config.json",
@@ -51,14 +52,14 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "LICENSE",
-    "classes.json",  # the answers it was trained on
+    CLASSES,  # the answers it was trained on
     "config.json",  # last: a folder without it is no model
 )
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
     """The answers a model was trained on: those of EndoVis-18-VQLA where its folder does not say."""
-    file = Path(folder) / "classes.json"
+    file = Path(folder) / CLASSES
     if not file.is_file():
         return vocabulary.CLASSES
     try:
@@ -72,7 +73,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """Say in a model's folder which answers it is trained on."""
-    files.write_text(Path(folder) / "classes.json", json.dumps(classes, indent=2) + "\n")
+    files.write_text(Path(folder) / CLASSES, json.dumps(classes, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> model.Config:

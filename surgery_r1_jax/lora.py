@@ -51,7 +51,8 @@ class Adapter(nnx.Module):
     def __call__(self, x):
         """Map [..., in] to [..., out]."""
         if self.key is not None:
-            kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
+            key = jax.random.fold_in(self.key[...], x.size % 2**31)  # prefix and branches come through one adapter
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         low = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=self.inputs)
         return jnp.tensordot(low, self.b[...].astype(x.dtype), axes=1) * self.scale

@@ -141,12 +141,11 @@ def _state(job: Job):
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
     state = jax.eval_shape(lambda params: optim.start(params, tx), params)
-    four_bits = adapted.base in packed.KINDS
-    dtype = "bfloat16" if four_bits else adapted.base
+    dtype = "bfloat16" if adapted.four_bits else adapted.base
     kept = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), frozen, frozen_places
     )
-    if four_bits and frozen:
+    if adapted.four_bits:
         kept = packed.abstract(kept, job.architecture, adapted.base)
     return run.abstract_state(state, run.state_shardings(state, places, job.mesh)), kept, tx
 
@@ -191,10 +190,17 @@ def _activations(job: Job, frames: int) -> int:
         *(tower.depth, n, tower.hidden_size, tower.intermediate_size),
         scores=tower.num_heads * max(n * tower.slots, rows(n) * n // (1 if compute.tower_remat else tower.period)),
         remat=compute.tower_remat,
-        trained=job.settings.optimizer.rates.tower > 0,
+        trained=_tower_learns(job),
     )
     logits = min(scoring.CHUNK, shape.scored) * text.vocab_size // tensor * 4 * LOGIT_COPIES
     return frames * (max(decoder, seeing) + logits) + _gathered(job, copies=2)
+
+
+def _tower_learns(job: Job) -> bool:
+    """Whether the backward pass goes through the tower."""
+    adapted = job.settings.lora
+    reached = not adapted.rank or any(p.startswith("tower.") for p in lora.chosen(job.architecture, adapted.targets))
+    return job.settings.optimizer.rates.tower > 0 and reached
 
 
 def _rollout(job: Job, frames: int) -> int:

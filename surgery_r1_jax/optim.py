@@ -107,10 +107,13 @@ def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[Tra
 
 def _matrix_axes(path, leaf):
     """Which axes of a layer's kernel make the matrix that muon orthogonalises; None: Adam."""
-    if path[-1] != "kernel" or path[-2] == "patch_embed":
-        return None
     first = int(model.is_stacked(path))  # stacked layers are a batch of matrices
-    middle = first + INPUTS.get(path[-2], 1)
+    if path[-2] == "lora":
+        middle = leaf.ndim - 1 if path[-1] == "a" else first + 1
+    elif path[-1] == "kernel" and path[-2] != "patch_embed":
+        middle = first + INPUTS.get(path[-2], 1)
+    else:
+        return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
 

@@ -80,7 +80,7 @@ class Optimizer(config.Config):
 class Lora(config.Config):
     """Adapters of low rank, which are trained in place of the weights themselves."""
 
-    rank: int = Field(0, ge=0, description="numbers between an adapter's two matrices; 0: no adapters")
+    rank: int = Field(0, ge=0, le=4096, description="numbers between an adapter's two matrices; 0: no adapters")
     alpha: float = Field(16.0, gt=0, description="what an adapter adds is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs left out while training")
     rslora: bool = Field(False, description="multiply by alpha / sqrt(rank) instead")
@@ -89,8 +89,13 @@ class Lora(config.Config):
     )
     base: Literal["float32", "bfloat16", "int4", "nf4"] = Field(
         "float32",
-        description="how frozen weights are kept; int4 and nf4 (QLoRA): the matrices of the decoder, by qwix",
+        description="how frozen weights are kept; int4, nf4: the decoder's matrices, but no experts (QLoRA, by qwix)",
     )
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether there is a base in four bits."""
+        return self.rank > 0 and self.base in ("int4", "nf4")
 
     @property
     def scale(self) -> float:
@@ -215,6 +220,14 @@ class Objective(config.Config):
         return self
 
 
+def _check_four_bits(lora: Lora, compute: Compute) -> None:
+    if lora.four_bits and not compute.remat:
+        raise ValueError(
+            f"lora.base {lora.base} wants compute.remat: true, without which every unpacked matrix is kept for the "
+            "backward pass"
+        )
+
+
 class SFT(config.Config):
     """A whole SFT run."""
 
@@ -237,6 +250,7 @@ class SFT(config.Config):
                 f"data.frames {self.data.frames} does not divide by accumulate {self.accumulate}: parts are made of "
                 "whole frames"
             )
+        _check_four_bits(self.lora, self.compute)
         return self
 
 
@@ -271,6 +285,7 @@ class GRPO(config.Config):
             )
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature 0 draws the same completion every time; GRPO needs variety")
+        _check_four_bits(self.lora, self.compute)
         return self
 
 

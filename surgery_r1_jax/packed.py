@@ -48,8 +48,10 @@ def pack(base: dict, config: model.Config, kind: str) -> dict:
     flat = flatten_dict(base)
     for path, inputs in _kernels(config).items():
         make = functools.partial(_packed, kind=kind, inputs=inputs)
-        places = _places(jax.eval_shape(make, flat[path]), flat[path].sharding)
-        flat[path] = jax.jit(make, out_shardings=places, donate_argnums=0)(flat[path])
+        kernel = flat[path]
+        places = _places(jax.eval_shape(make, kernel), kernel.sharding)
+        flat[path] = jax.jit(make, out_shardings=places)(kernel)
+        kernel.delete()  # before the next is packed: none of its memory could be used again
     return unflatten_dict(flat)
 
 
@@ -73,11 +75,12 @@ def _kernels(config: model.Config) -> dict[tuple[str, ...], int]:
 
 
 def _packed(kernel: jax.Array, kind: str, inputs: int) -> Packed:
-    tiled = inputs  # the last of the inputs' axes, behind that of the layers
-    others = [axis for axis in range(kernel.ndim) if axis != tiled]
-    size = math.gcd(kernel.shape[tiled], BLOCK)
+    """Packed layer by layer, so that one layer is what is held in float32 beside the kernel."""
+    tiled = inputs - 1  # the last of the inputs' axes
+    others = [axis for axis in range(kernel.ndim - 1) if axis != tiled]
+    size = math.gcd(kernel.shape[1 + tiled], BLOCK)
     how = dict(channelwise_axes=others, tiled_axes={tiled: size}, scale_dtype=jnp.bfloat16)
-    return Packed(_qwix().quantize(kernel.astype(jnp.float32), kind, **how))
+    return Packed(jax.lax.map(lambda layer: _qwix().quantize(layer.astype(jnp.float32), kind, **how), kernel))
 
 
 def _places(made: Packed, kernel: NamedSharding) -> Packed:

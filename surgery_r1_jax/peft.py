@@ -5,7 +5,9 @@ none, and everything that peft can do beyond LoRA and rsLoRA is refused by name.
 """
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -27,12 +29,13 @@ HARMLESS = {
     *("qalora_group_size", "ensure_weight_tying", "r", "lora_alpha", "lora_dropout", "use_rslora"),
 }
 EMPTY = (None, False, "none", {}, [])
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")  # the others change the base's weights
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
 
 
 def holds(folder: Path) -> bool:
     """Whether a folder is an adapter's and no whole model's."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    whole = any((folder / name).is_file() for name in (tensors.SINGLE, tensors.INDEX))
+    return (folder / CONFIG).is_file() and not whole
 
 
 def base_of(folder: Path) -> Path:
@@ -40,9 +43,11 @@ def base_of(folder: Path) -> Path:
 
     Raises: InputError where it is not here.
     """
-    name = str(_config(folder).get("base_model_name_or_path") or "")
-    found = Path(name) if name and Path(name).is_dir() else _cached(name)
+    given = _config(folder)
+    name = str(given.get("base_model_name_or_path") or "")
+    found = Path(name) if name and os.path.isdir(name) else _cached(name, given.get("revision"))
     if found is None or found.resolve() == folder.resolve():
+        name = errors.printable(name[:200])
         raise errors.InputError(
             f"{folder / CONFIG}: its base model '{name}' is not here; set base_model_name_or_path to the base's folder"
         )
@@ -71,6 +76,10 @@ def read(folder: Path, config: model.Config, mesh: jax.sharding.Mesh | None = No
         for ours, module in lora.linears(config).items()
         if weights.plain(_names(module, "A", 1)[0]) in stored
     }
+    for module in modules.values():
+        rank = stored[weights.plain(_names(module, "A", 1)[0])].shape[0]
+        if given.get("r") != rank:
+            raise errors.InputError(f"{folder / CONFIG}: r is {given.get('r')!r:.20}, its tensors have {rank}; mend it")
     settings = _settings(folder, given, tuple(module.replace("{i}", "*") for module in modules.values()))
     _, abstract = lora.build(config, options.Compute(), settings)
     shardings = None if mesh is None else flatten_dict(sharding.of_params(abstract, mesh))
@@ -112,6 +121,7 @@ def write(
     *,
     base: str,
     digest: str | None,
+    classes: Path | None = None,
     dtype: str = "float32",
     card: str | None = None,
 ) -> Path:
@@ -141,6 +151,8 @@ def write(
     with files.new_folder(out) as folder:
         tensors.write(folder, layout, values, dtype, single=WEIGHTS, metadata={DIGEST: digest} if digest else {})
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        if classes is not None and classes.is_file():
+            shutil.copyfile(classes, folder / classes.name)
         if card is not None:
             (folder / "README.md").write_text(card, "utf-8")
     return out
@@ -190,12 +202,12 @@ def _config(folder: Path) -> dict:
     raise errors.InputError(f"{folder / CONFIG}: not a JSON object; copy the adapter again")
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, revision: str | None) -> Path | None:
     """Where the Hugging Face cache holds a model, if it does; nothing is fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True)) if name else None
+        return Path(snapshot_download(name, revision=revision, local_files_only=True)) if name else None
     except (LocalEntryNotFoundError, HFValidationError):
         return None

@@ -38,6 +38,7 @@ class Setup(NamedTuple):
     frozen: dict  # the rest; empty where all is trained
     shardings: dict  # of `params`
     model: model.Config
+    start: str  # identity of the model that the run started from
 
 
 def prepare(
@@ -54,48 +55,46 @@ def prepare(
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
-    four_bits = adapted.rank > 0 and adapted.base in packed.KINDS
-    kept = "bfloat16" if four_bits else adapted.base if adapted.rank else "float32"
+    kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
     graph, abstract = lora.build(loaded.config, compute, adapted)
     still, _ = lora.build(loaded.config, compute, adapted.model_copy(update=dict(dropout=0.0)))
-    params, frozen, base = loaded.params, {}, None
+    params, frozen, base, start = loaded.params, {}, None, checkpoint.identity(loaded)
     if adapted.rank:
-        base = checkpoint.Base(path=settings.model, digest=checkpoint.digest(loaded.params, "bfloat16"), lora=adapted)
+        base = checkpoint.Base(path=settings.model, digest=start, lora=adapted)
         shardings, _ = lora.split(sharding.of_params(abstract, mesh))
         params, frozen = lora.init(loaded.config, adapted, settings.seed, shardings), loaded.params
-        if four_bits:
+        if adapted.four_bits:
             frozen = packed.pack(frozen, loaded.config, adapted.base)
     side = out / "model"
     if jax.process_index() == 0 and not resume:
         side.mkdir(parents=True, exist_ok=True)
-        if base is not None:
-            base.save(side)
+        checkpoint.Base.write(base, side)
         hf.copy_side_files(loaded.folder, side)
         hf.write_classes(side, classes)
         config.save(settings, out / "config.yaml")
-    if resume and not checkpoint.Base.same(checkpoint.Base.of(out), base):
+    if resume and side.is_dir() and not checkpoint.Base.same(checkpoint.Base.of(out), base):
         raise errors.InputError(
             f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
             "restore them, or start a new run"
         )
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes)
-    return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config)
+    return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
 
 
 def sum_over_parts(function, batch, parts: int, add=None):
-    """The sum of `function` over `parts` equal groups of frames, one group on the device at a time.
+    """The sum of `function(group, number)` over `parts` equal groups of frames, one on the device at a time.
 
     A group takes every `parts`-th frame, so that frames spread over devices stay where they are. `add` joins two
     results (default: leaf by leaf).
     """
     if parts == 1:
-        return function(batch)
+        return function(batch, jnp.int32(0))
     add = add or (lambda a, b: jax.tree.map(jnp.add, a, b))
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-    first = function(jax.tree.map(lambda x: x[0], cut))
-    rest = jax.tree.map(lambda x: x[1:], cut)
-    return jax.lax.scan(lambda total, part: (add(total, function(part)), None), first, rest)[0]
+    first = function(jax.tree.map(lambda x: x[0], cut), jnp.int32(0))
+    rest = jax.tree.map(lambda x: x[1:], cut), jnp.arange(1, parts)
+    return jax.lax.scan(lambda total, part: (add(total, function(*part)), None), first, rest)[0]
 
 
 def state_shardings(state: optim.TrainState, shardings: dict, mesh: jax.sharding.Mesh) -> optim.TrainState:

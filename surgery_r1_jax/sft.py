@@ -25,16 +25,17 @@ from surgery_r1_jax import (
 )
 
 
-def loss_and_gradients(graph, params, frozen, batch, number_V, settings: options.SFT):
+def loss_and_gradients(graph, params, frozen, batch, number_V, key, settings: options.SFT):
     """Mean loss over the answer tokens of a batch, its gradients and token accuracy, part by part.
 
-    `frozen` is what else the graph wants; it gets no gradients. Every part's sums are divided by the whole batch's
-    weight, so the split changes nothing but rounding.
+    `frozen` is what else the graph wants; it gets no gradients. `key` draws what adapters drop. Every part's sums are
+    divided by the whole batch's weight, so that without dropout the split changes nothing but rounding.
     """
     weight = jnp.maximum(batch.score_weight_BL.sum(), 1.0)
 
-    def part_loss(params, part):
-        net = model.bind(graph, model.joined(frozen, optim.freeze(params, settings.optimizer)))
+    def part_loss(params, part, number):
+        noise = lora.noise(params, settings.lora, jax.random.fold_in(key, number))
+        net = model.bind(graph, model.joined(frozen, noise, optim.freeze(params, settings.optimizer)))
         sums = scoring.cross_entropy(
             net.scored(part),
             net.unembed_VD,
@@ -46,7 +47,9 @@ def loss_and_gradients(graph, params, frozen, batch, number_V, settings: options
         return sums.nll / weight, sums.correct
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
-    (loss, correct), gradients = run.sum_over_parts(lambda part: grad(params, part), batch, settings.accumulate)
+    (loss, correct), gradients = run.sum_over_parts(
+        lambda part, number: grad(params, part, number), batch, settings.accumulate
+    )
     tokens = jnp.maximum(jnp.sum(batch.score_weight_BL > 0), 1)
     return loss, gradients, {"loss": loss, "mean_token_accuracy": correct / tokens, "num_tokens": tokens}
 
@@ -54,9 +57,8 @@ def loss_and_gradients(graph, params, frozen, batch, number_V, settings: options
 @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
 def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT):
     """One update; the state is given away."""
-    noise = lora.noise(state.params, settings.lora, jax.random.fold_in(jax.random.key(settings.seed), state.step))
-    frozen = model.joined(frozen, noise)
-    loss, gradients, stats = loss_and_gradients(graph, state.params, frozen, batch, number_V, settings)
+    key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+    loss, gradients, stats = loss_and_gradients(graph, state.params, frozen, batch, number_V, key, settings)
     state, more = optim.update(state, loss, gradients, tx)
     return state, stats | more
 

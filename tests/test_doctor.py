@@ -229,7 +229,9 @@ def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, 
 def job_of(toys, program, **more):
     folder, data = toys
     source = options.Data(root=str(data), frames=8, questions=3)
-    return job_for(program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1)), **more), folder)
+    return job_for(
+        program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1), remat=True), **more), folder
+    )
 
 
 def job_for(settings, folder):

@@ -387,8 +387,9 @@ def test_adapters_of_another_base_are_refused(place, trained, tmp_path):
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"some_day": {"a": 1}}, "some_day"),
         ({"init_lora_weights": "pissa"}, "changes the base model"),
-        ({"r": 0}, "r, lora_alpha or lora_dropout is amiss"),
-        ({"r": "four"}, "r, lora_alpha or lora_dropout is amiss"),
+        ({"r": 0}, "r is 0, its tensors have 4"),
+        ({"r": "four"}, "r is 'four', its tensors have 4"),
+        ({"base_model_name_or_path": "x" * 5000}, "its base model 'xxx"),
         ({"lora_alpha": None}, "r, lora_alpha or lora_dropout is amiss"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -401,12 +402,51 @@ def test_what_peft_can_do_beyond_is_refused_by_name(trained, tmp_path, changes, 
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
 
 
+def test_adapters_on_adapters_know_their_base_whatever_it_is_kept_in(place, trained, tmp_path):
+    plan, adapters = options.Schedule(steps=1, log_every=1), options.Lora(rank=2, base="bfloat16")
+    settings = settings_of(options.SFT, place, model=str(trained), lora=adapters, schedule=plan)
+    sft.train(settings, tmp_path / "second")
+    first, second = checkpoint.load_model(trained), checkpoint.load_model(tmp_path / "second")
+    assert checkpoint.identity(first) != checkpoint.identity(second)
+    assert jax.tree.structure(first.params) == jax.tree.structure(second.params)
+    with pytest.raises(errors.InputError, match="which is no Hugging Face folder; export with --merge"):
+        checkpoint.export(tmp_path / "second", tmp_path / "adapter")
+    checkpoint.export(tmp_path / "second", tmp_path / "merged", merge=True)
+
+
+def test_adapters_that_are_each_others_base_are_refused(trained, tmp_path):
+    for name, other in (("x", "y"), ("y", "x")):
+        checkpoint.export(trained, tmp_path / name)
+        rewrite(tmp_path / name, base_model_name_or_path=str(tmp_path / other))
+    with pytest.raises(errors.InputError, match="is its own base by way of others"):
+        checkpoint.load_model(tmp_path / "x")
+    copy = shutil.copytree(trained, tmp_path / "run")
+    base = json.loads((copy / "model" / "base.json").read_text())
+    for path, says in (
+        (copy, "is its own base by way of others"),
+        (tmp_path / "gone", "is not here; write where it is"),
+    ):
+        (copy / "model" / "base.json").write_text(json.dumps(base | {"path": str(path)}))
+        with pytest.raises(errors.InputError, match=says):
+            checkpoint.load_model(copy)
+    with pytest.raises(errors.InputError, match="holds adapters; export it with --merge first"):
+        checkpoint.import_folder(tmp_path / "x", tmp_path / "imported")
+
+
+def test_a_start_without_adapters_forgets_those_of_one_that_died(place, tmp_path):
+    run.prepare(tmp_path, settings_of(options.SFT, place), resume=False)
+    assert checkpoint.Base.of(tmp_path) is not None
+    run.prepare(tmp_path, settings_of(options.SFT, place, lora=NONE), resume=False)
+    assert checkpoint.Base.of(tmp_path) is None
+
+
 @pytest.mark.parametrize("kind", packed.KINDS)
 def test_a_base_in_four_bits_is_small_and_its_adapters_learn(place, tmp_path, kind):
     pytest.importorskip("qwix", reason="a base in four bits is packed by qwix")
     plan = options.Schedule(steps=20, save_every=20, log_every=1)
     lora_settings = options.Lora(rank=4, alpha=32, base=kind)
-    settings = settings_of(options.SFT, place, lora=lora_settings, schedule=plan)
+    compute = options.Compute(remat=True)
+    settings = settings_of(options.SFT, place, lora=lora_settings, schedule=plan, compute=compute)
     setup = run.prepare(tmp_path / "look", settings, resume=False)
     kernel, base = (
         setup.frozen["decoder"]["blocks"]["mlp"]["up"]["kernel"],
@@ -430,7 +470,8 @@ def test_adapters_over_a_packed_base_learn_the_same_on_a_mesh(place, tmp_path):
     losses = {}
     for mesh in ((1, 1, 1), (1, 2, 2)):
         plan = options.Schedule(steps=3, save_every=3, log_every=1)
-        settings = settings_of(options.SFT, place, lora=adapters, schedule=plan, compute=options.Compute(mesh=mesh))
+        compute = options.Compute(mesh=mesh, remat=True)
+        settings = settings_of(options.SFT, place, lora=adapters, schedule=plan, compute=compute)
         out = tmp_path / str(mesh)
         sft.train(settings, out)
         losses[mesh] = [row["loss"] for row in log.read_metrics(out / "metrics.jsonl") if "loss" in row]
@@ -440,4 +481,7 @@ def test_adapters_over_a_packed_base_learn_the_same_on_a_mesh(place, tmp_path):
 def test_without_qwix_a_base_in_four_bits_is_refused(place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(errors.InputError, match="need qwix; pip install qwix, or take bfloat16"):
-        run.prepare(tmp_path, settings_of(options.SFT, place, lora=options.Lora(rank=2, base="nf4")), resume=False)
+        settings = settings_of(
+            options.SFT, place, lora=options.Lora(rank=2, base="nf4"), compute=options.Compute(remat=True)
+        )
+        run.prepare(tmp_path, settings, resume=False)

@@ -183,7 +183,7 @@ def test_parts_are_groups_of_whole_frames_that_add_up_to_the_batch(parts):
 
     found = run.sum_over_parts(function, frames, parts, join)
     assert float(found["total"]) == 300 and int(found["most"]) == 7 and set(seen) == {(8 // parts, 3)}
-    assert float(run.sum_over_parts(lambda part: part["x"].sum(), frames, parts)) == 300
+    assert float(run.sum_over_parts(lambda part, _: part["x"].sum(), frames, parts)) == 300
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
