@@ -91,6 +91,11 @@ def describe(path: str | Path) -> int:
     architecture = hf.read_config(folder)
     encoder, family = hf.encoder_of(folder, architecture), families.of(architecture)
     print(f"{errors.printable(path)}: {family.title}, model_type {family.model_type}")
+    if found := checkpoint.adapters_of(path, architecture):
+        adapted = found[0].lora
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(found[1]))
+        about = [("rank", f"{adapted.rank}, {numbers:,} parameters"), ("in", ", ".join(adapted.targets))]
+        _section("adapters", f"of {found[0].path}", about)
     stored, sizes = json.loads((folder / "config.json").read_text("utf-8")), _part_sizes(architecture)
     head = "the embedding" if architecture.tie_word_embeddings else "a matrix of its own"
     parts = [(part, f"{sizes[part]:>16,}") for part in model.PARTS] + [("all", f"{sizes.total():>16,}")]

@@ -108,7 +108,7 @@ def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[Tra
 def _matrix_axes(path, leaf):
     """Which axes of a layer's kernel make the matrix that muon orthogonalises; None: Adam."""
     first = int(model.is_stacked(path))  # stacked layers are a batch of matrices
-    if path[-2] == "lora":
+    if "lora" in path:
         middle = leaf.ndim - 1 if path[-1] == "a" else first + 1
     elif path[-1] == "kernel" and path[-2] != "patch_embed":
         middle = first + INPUTS.get(path[-2], 1)

@@ -18,6 +18,7 @@ from toy import few_devices, quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     checkpoint,
+    doctor,
     errors,
     grpo,
     hf,
@@ -295,7 +296,9 @@ def test_an_adapter_is_exported_both_ways_and_read_back(place, trained, tmp_path
     whole = checkpoint.load_model(trained).params
     checkpoint.export(trained, tmp_path / "merged", merge=True)
     checkpoint.export(trained, tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [*("README.md", peft.CONFIG, peft.WEIGHTS)]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        *("README.md", peft.CONFIG, peft.WEIGHTS, hf.CLASSES)
+    ]
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
     for folder in ("merged", "adapter"):
         found = checkpoint.load_model(tmp_path / folder).params
@@ -412,6 +415,14 @@ def test_adapters_on_adapters_know_their_base_whatever_it_is_kept_in(place, trai
     with pytest.raises(errors.InputError, match="which is no Hugging Face folder; export with --merge"):
         checkpoint.export(tmp_path / "second", tmp_path / "adapter")
     checkpoint.export(tmp_path / "second", tmp_path / "merged", merge=True)
+
+
+def test_the_doctor_tells_of_adapters_and_of_their_base(place, trained, tmp_path, capsys):
+    checkpoint.export(trained, tmp_path / "adapter")
+    for path in (trained, tmp_path / "adapter"):
+        assert doctor.describe(path) == 0
+        told = capsys.readouterr().out
+        assert f"adapters: of {place / 'start'}" in told and "rank        4, " in told
 
 
 def test_adapters_that_are_each_others_base_are_refused(trained, tmp_path):

@@ -174,7 +174,7 @@ def test_parts_are_groups_of_whole_frames_that_add_up_to_the_batch(parts):
     frames = {"x": jnp.arange(1.0, 25.0).reshape(8, 3), "n": jnp.arange(8)}
     seen = []
 
-    def function(part):
+    def function(part, number):
         seen.append(part["x"].shape)
         return {"total": part["x"].sum(), "most": part["n"].max()}
 
