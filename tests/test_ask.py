@@ -42,9 +42,9 @@ def says(monkeypatch):
 
     real = evaluate.runner_of
 
-    def runner_of(where, settings, *more):
+    def runner_of(where, settings, *more, **how):
         arrange.source = (where, settings)
-        return real(where, settings, *more)
+        return real(where, settings, *more, **how)
 
     monkeypatch.setattr(evaluate, "runner_of", runner_of)
     return arrange
