@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from surgery_r1_jax import files
 from surgery_r1_jax.errors import InputError, one_line, printable
 
 _CHUNK = 1 << 18  # bytes copied at once
@@ -75,19 +76,11 @@ def unpack(
         folder.parent.mkdir(parents=True, exist_ok=True)
         if total > (free := shutil.disk_usage(folder.parent).free):
             raise _Refused(f"unpacks to {total:,} bytes, {free:,} are free; make room")
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            done = 0
-            with _opened(archive, max_bytes) as members:
-                for member in members:
-                    _write(member, part, sizes)
-                    tell(member.path, done := done + member.size, total)
-            part.rename(folder)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+        done = 0
+        with files.new_folder(folder) as part, _opened(archive, max_bytes) as members:
+            for member in members:
+                _write(member, part, sizes)
+                tell(member.path, done := done + member.size, total)
     return len(sizes)
 
 

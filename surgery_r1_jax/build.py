@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from surgery_r1_jax import answer, labellist, location, records, teacher, tracecheck, traces, vocabulary
+from surgery_r1_jax import answer, files, labellist, location, records, teacher, tracecheck, traces, vocabulary
 from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.recordfile import FORMS
 from surgery_r1_jax.records import Box, Frame, Record
@@ -122,8 +122,8 @@ def run(
             about |= {"images": False, "size": size}
         stats = {"frames": len(frames), "questions": sum(len(frame.records) for frame in frames)} | stats
         stats |= {"seed": seed, "weights": kinds}
-        _write_json(part / "data.json", about)
-        _write_json(part / "stats.json", stats)
+        files.write_json(part / "data.json", about)
+        files.write_json(part / "stats.json", stats)
         os.replace(part, out)  # over a folder that is there and empty, too
     except OSError as error:
         raise InputError(f"{printable(out)}: cannot be written ({error.strerror or error}); make room there") from error
@@ -264,10 +264,6 @@ def _clear(part: Path) -> None:
     if part.is_symlink() or not part.is_dir() or {path.name for path in part.iterdir()} - _OURS:
         raise InputError(f"{printable(part)}: is in the way; move it")
     shutil.rmtree(part)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def _checked(kinds: Mapping[str, float]) -> dict[str, float]:

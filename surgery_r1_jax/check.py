@@ -110,14 +110,6 @@ def inspect(
     return examine(root, frames, problems, strict=strict, space=recordfile.space(root, boxes), **options)
 
 
-def by_split(frames: Iterable[Frame]) -> dict[str, list[Frame]]:
-    """The frames of the splits that are not empty."""
-    splits: dict[str, list[Frame]] = {name: [] for name in ("train", "dev", "val", "external")}
-    for frame in frames:
-        splits.setdefault(records.split_of_frame(frame), []).append(frame)
-    return {name: members for name, members in splits.items() if members}
-
-
 def examine(
     root: str | Path,
     frames: Sequence[Frame],
@@ -133,7 +125,7 @@ def examine(
 
     `space` is the one of `spaces.SPACES` that the boxes were read in. `track` may show how the decoding goes on.
     """
-    splits = by_split(frames) if splits is None else splits
+    splits = records.by_split(frames) if splits is None else splits
     with ThreadPoolExecutor() as pool:
         looks = list(track(pool.map(lambda frame: _look(frame, strict), frames), len(frames)))
     found = [*problems, *itertools.chain.from_iterable(look.problems for look in looks)]

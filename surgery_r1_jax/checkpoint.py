@@ -207,8 +207,9 @@ def load_model(
         if not os.path.isdir(base.path):
             raise errors.InputError(f"{path / 'model' / BASE}: its base {base.path} is not here; write where it is")
         below = load_model(base.path, mesh, dtype=dtype, above=_below(above, path))
-        base.check(identity(below), path)
-        chain = [identity(below), digest(adapters), base.lora.scale]
+        known = identity(below)
+        base.check(known, path)
+        chain = [known, digest(adapters), base.lora.scale]
         merged = hashlib.sha256(json.dumps(chain).encode()).hexdigest()
         own = hf.read_classes(path) if (path / hf.CLASSES).is_file() else below.classes
         return Loaded(settings, lora.merged(below.params, adapters, base.lora), folder, merged, own)
@@ -263,7 +264,10 @@ def export(
             )
         about = dict(base=base.path, digest=base.digest, classes=folder / hf.CLASSES)
         return peft.write(out, adapters, base.lora, settings, **about, dtype=dtype, card=card(adapter=True))
-    take = _taker(source, settings, which, dtype)
+    if found or folder == source:
+        take = functools.partial(hf.at, load_model(source, which=which, dtype=dtype).params)
+    else:
+        take = _taker(source, settings, which, dtype)
     how = dict(dtype=dtype, max_shard_bytes=max_shard_bytes, card=card(), tell=tell)
     return hf.write_parameters(out, take, settings, folder, **how)
 
@@ -353,9 +357,7 @@ def _wanted(abstract: dict, shardings: dict | None, dtype: str) -> dict:
 
 
 def _taker(source: Path, settings: model.Config, which: str, dtype: str) -> hf.Take:
-    """What gives a model's parameters by their paths; out of a run one by one, so that they never lie there all."""
-    if folder_of(source) == source or Base.of(source) or peft.holds(source):
-        return functools.partial(hf.at, load_model(source, which=which, dtype=dtype).params)
+    """What gives the parameters of a run by their paths, one by one, so that they never lie there all."""
     abstract = nnx.to_pure_dict(model.build(settings)[1])
 
     def take(where):

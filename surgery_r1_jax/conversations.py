@@ -10,7 +10,6 @@ so the images are resized here: any pixel limits that allow their size leave the
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from surgery_r1_jax import answer, checkpoint, examples, families, hf, images, records
+from surgery_r1_jax import answer, checkpoint, examples, families, files, hf, images, records
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.frames import Frame
@@ -48,10 +47,7 @@ def run(
     architecture = hf.read_config(folder)
     encoder = hf.encoder_of(folder, architecture, frames[0].classes if frames else None)
     records.split(frames, "all")  # refuses a data set without frames
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with files.new_folder(out) as part:
         counts = _write_lines(part, frames, encoder, FORMS[form])
         bar = Console(stderr=True)
         with ThreadPoolExecutor() as pool:
@@ -59,14 +55,10 @@ def run(
             for _ in track(jobs, "writing images", len(frames), console=bar, disable=not bar.is_terminal):
                 pass
         if form == "sharegpt":
-            _write_json(part / "dataset_info.json", _dataset_info(out.name, counts))
+            files.write_json(part / "dataset_info.json", _dataset_info(out.name, counts))
         limits = {name: getattr(encoder.preprocessor, name) for name in ("min_pixels", "max_pixels")}
         about = dict(model_type=families.of(architecture).model_type, boxes=encoder.codec.units, **limits)
-        _write_json(part / "export.json", about | dict(classes=encoder.classes, records=counts))
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        files.write_json(part / "export.json", about | dict(classes=encoder.classes, records=counts))
     told = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{told} records written to {out}; their boxes are {encoder.codec.units}")
     return 0
@@ -135,7 +127,3 @@ def _dataset_info(name: str, splits: Iterable[str]) -> dict:
         f"{name}_{split}": {"file_name": f"{split}.jsonl", "formatting": "sharegpt", "columns": columns}
         for split in splits
     }
-
-
-def _write_json(file: Path, entries: dict) -> None:
-    file.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from surgery_r1_jax import images, pictures, report, vocabulary
-from surgery_r1_jax.check import Summary, by_split
+from surgery_r1_jax import images, pictures, records, report, vocabulary
+from surgery_r1_jax.check import Summary
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.labels import Problem
 from surgery_r1_jax.records import Box, Frame
@@ -76,7 +76,7 @@ def _picture(file: str) -> Image.Image | None:
 
 def _samples(frames: Sequence[Frame], seed: int) -> list[Sample]:
     """Frames drawn at random, as many of each split."""
-    rng, splits, samples = random.Random(seed), by_split(frames), []
+    rng, splits, samples = random.Random(seed), records.by_split(frames), []
     for name, members in splits.items():
         for frame in rng.sample(members, min(SAMPLES // len(splits), len(members))):
             boxes: dict[Box, list[str]] = {}

@@ -126,7 +126,7 @@ def start(out: str | Path, *, smoke: bool = False, seed: int = 0) -> int:
     checkpoint.export(out / "grpo", out / "hf")
 
     metrics = stages | {"floors": floors, "seconds": watch.laps | {"total": sum(watch.laps.values())}}
-    files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    files.write_json(out / "metrics.json", metrics)
     write_report(out, stages, predictions, floors, watch, budget, seed)
     evaluate.print_scores(stages | floors, title=f"{stages['grpo']['n']} held-out questions")
     say(f"pictures: {out / 'report.html'}\ncheckpoint for transformers: {out / 'hf'}")

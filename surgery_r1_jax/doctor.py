@@ -249,10 +249,8 @@ def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
 
 def _data_rows(settings, frames: Sequence[Frame], dev: Sequence[Frame]) -> list[tuple[str, str]]:
     """Frames and questions of each split, and what the run takes of them."""
-    splits: dict[str, list[Frame]] = {}
-    for frame in records.read(settings.data.root, strict=settings.data.strict, boxes=settings.data.boxes):
-        splits.setdefault(records.split_of_frame(frame), []).append(frame)
-    rows = [(name, _counted(splits[name])) for name in ("train", "dev", "val", "external") if name in splits]
+    every = records.read(settings.data.root, strict=settings.data.strict, boxes=settings.data.boxes)
+    rows = [(name, _counted(members)) for name, members in records.by_split(every).items()]
     rows.append(("trained on", f"{settings.data.split}: {_counted(frames)}"))
     rows.append(("chosen by", f"{settings.evaluation.split}: {_counted(dev)}"))
     batches = len(pipeline.plan_rows(frames, settings.data.questions)) / settings.data.frames

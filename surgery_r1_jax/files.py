@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there: written so, and not believed otherwise."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,11 @@ def write_text(path: str | Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """As `write_text`, of a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

@@ -197,7 +197,8 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     out, plan = Path(out), settings.schedule
     frames = pipeline.read(settings.data)
     rewards.require_places(settings.reward, frames[0].classes)
-    setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
+    held_against = settings.objective.beta > 0
+    setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes, reference=held_against)
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
     stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
@@ -206,7 +207,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
-    reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if settings.objective.beta > 0 else None
+    reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if held_against else None
     reference_hash = setup.start if reference is not None else None
     reference_graph, _ = model.build(setup.model, settings.compute)
     steps = plan.steps * settings.updates * settings.minibatches

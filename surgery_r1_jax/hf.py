@@ -73,7 +73,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """Say in a model's folder which answers it is trained on."""
-    files.write_text(Path(folder) / CLASSES, json.dumps(classes, indent=2) + "\n")
+    files.write_json(Path(folder) / CLASSES, classes)
 
 
 def read_config(folder: Path) -> model.Config:

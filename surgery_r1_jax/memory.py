@@ -106,7 +106,7 @@ def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
     settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
     graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.model_copy(update=dict(dropout=0.0)))
+    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
     state, frozen, tx = _state(job)
     batch = _spread(job.batch, mesh)
     by_word = lambda dtype: jax.ShapeDtypeStruct((V,), dtype, sharding=sharding.replicated(mesh))  # noqa: E731

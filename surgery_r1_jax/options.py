@@ -98,6 +98,11 @@ class Lora(config.Config):
         return self.rank > 0 and self.base in ("int4", "nf4")
 
     @property
+    def still(self) -> "Lora":
+        """The same without dropout, as all but training runs it."""
+        return self.model_copy(update=dict(dropout=0.0))
+
+    @property
     def scale(self) -> float:
         """What an adapter's output is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

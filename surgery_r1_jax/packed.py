@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from surgery_r1_jax import errors, lora, model, optim
 
-KINDS = ("int4", "nf4")
 BLOCK = 64  # numbers along a kernel's inputs that share a scale
 
 

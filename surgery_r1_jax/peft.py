@@ -71,13 +71,9 @@ def read(folder: Path, config: model.Config, mesh: jax.sharding.Mesh | None = No
             f"{folder / CONFIG}: init_lora_weights {start!r} changes the base model; save the adapter converted to LoRA"
         )
     stored = tensors.opened(folder, lambda name: weights.plain(name.removeprefix(PREFIX)), WEIGHTS)
-    modules = {
-        ours: module
-        for ours, module in lora.linears(config).items()
-        if weights.plain(_names(module, "A", 1)[0]) in stored
-    }
+    modules = {ours: module for ours, module in lora.linears(config).items() if _first(module) in stored}
     for module in modules.values():
-        rank = stored[weights.plain(_names(module, "A", 1)[0])].shape[0]
+        rank = stored[_first(module)].shape[0]
         if given.get("r") != rank:
             raise errors.InputError(f"{folder / CONFIG}: r is {given.get('r')!r:.20}, its tensors have {rank}; mend it")
     settings = _settings(folder, given, tuple(module.replace("{i}", "*") for module in modules.values()))
@@ -166,6 +162,11 @@ def _names(module: str, letter: str, layers: int) -> list[str]:
     """Names of one of an adapter's two matrices in every layer, as transformers calls the modules."""
     each = [module.format(i=i) for i in range(layers)] if "{i}" in module else [module]
     return [f"{name}.lora_{letter}.weight" for name in each]
+
+
+def _first(module: str) -> str:
+    """The plain name of the tensor that an adapter of this module has in any case."""
+    return weights.plain(_names(module, "A", 1)[0])
 
 
 def _matrix(value: np.ndarray, letter: str) -> np.ndarray:

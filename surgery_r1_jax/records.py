@@ -90,6 +90,14 @@ def split_of_frame(frame: Frame, dev_sequences: Iterable[str] = DEV_SEQUENCES) -
     return frame.split or split_of(frame.sequence, dev_sequences)
 
 
+def by_split(frames: Iterable[Frame]) -> dict[str, list[Frame]]:
+    """The frames of the splits that are not empty."""
+    splits: dict[str, list[Frame]] = {name: [] for name in ("train", "dev", "val", "external")}
+    for frame in frames:
+        splits.setdefault(split_of_frame(frame), []).append(frame)
+    return {name: members for name, members in splits.items() if members}
+
+
 def split(frames: Iterable[Frame], name: str, *, dev_sequences: Iterable[str] = DEV_SEQUENCES) -> list[Frame]:
     """The frames of train, dev or val, or of all. EndoVis-17, an external test set, is only in all.
 

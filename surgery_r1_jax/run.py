@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     frozen: dict  # the rest; empty where all is trained
     shardings: dict  # of `params`
     model: model.Config
-    start: str  # identity of the model that the run started from
+    start: str | None  # identity of the model that the run started from, where it must be known again
 
 
 def prepare(
@@ -47,8 +47,11 @@ def prepare(
     *,
     resume: bool,
     classes: tuple[str, ...] = vocabulary.CLASSES,
+    reference: bool = False,
 ) -> Setup:
     """Make the run folder and load the model that training starts from onto the mesh; `classes` are the answers.
+
+    `reference` says that the start is also what the run is held against.
 
     Raises: InputError for a run that exists already, and for adapters whose base is no longer what it was.
     """
@@ -58,8 +61,9 @@ def prepare(
     kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
     graph, abstract = lora.build(loaded.config, compute, adapted)
-    still, _ = lora.build(loaded.config, compute, adapted.model_copy(update=dict(dropout=0.0)))
-    params, frozen, base, start = loaded.params, {}, None, checkpoint.identity(loaded)
+    still, _ = lora.build(loaded.config, compute, adapted.still)
+    params, frozen, base = loaded.params, {}, None
+    start = checkpoint.identity(loaded) if adapted.rank or reference else None
     if adapted.rank:
         base = checkpoint.Base(path=settings.model, digest=start, lora=adapted)
         shardings, _ = lora.split(sharding.of_params(abstract, mesh))

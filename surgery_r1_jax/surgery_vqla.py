@@ -123,10 +123,7 @@ class SurgeryVqla(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         frames = _read(Path(dl_manager.manual_dir), self.builder_config)
         self.info.metadata["classes"] = list(frames[0].classes)
-        splits: dict[str, list[Frame]] = {}
-        for frame in frames:
-            splits.setdefault(records.split_of_frame(frame), []).append(frame)
-        return {name: self._generate_examples(members) for name, members in splits.items()}
+        return {name: self._generate_examples(members) for name, members in records.by_split(frames).items()}
 
     def _generate_examples(self, frames: list[Frame]) -> Iterator[tuple[str, dict]]:
         for frame in frames:

@@ -4,23 +4,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from labelled import ELSEWHERE, HERE, LOCATION, ORGAN, STATE, THERE, TOOL, frame, record
 
 from surgery_r1_jax import answer, reasoning, vocabulary
-from surgery_r1_jax.records import Frame, Record, parse_line
+from surgery_r1_jax.records import Record, parse_line
 
 LABELS = Path(__file__).resolve().parents[2] / "shared" / "data" / "endovis18" / "labels_train.txt"
-ORGAN, STATE, LOCATION, TOOL = range(4)
 NAMES = vocabulary.EXTENDED_CLASSES
-HERE, THERE, ELSEWHERE = (0.1, 0.1, 0.3, 0.3), (0.5, 0.5, 0.9, 0.9), (0.0, 0.0, 1.0, 1.0)
-
-
-def record(kind, name, topic=None, box=HERE):
-    tool = topic if kind in (STATE, LOCATION) else None
-    return Record(vocabulary.ask(kind, topic), name, box, kind, tool, "labels.txt:1")
-
-
-def frame(*records):
-    return Frame("seq_2/frame000", "seq_2", Path("frame000.png"), 1280, 1024, records)
 
 
 def made_of(text, pieces):

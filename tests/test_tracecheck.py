@@ -1,24 +1,18 @@
-from pathlib import Path
-
+import labelled
 import pytest
+from labelled import LOCATION, ORGAN, STATE, frame
 
 from surgery_r1_jax import tracecheck, vocabulary
-from surgery_r1_jax.records import Frame, Record
+from surgery_r1_jax.records import Record
 from surgery_r1_jax.tracecheck import Reason
 
-ORGAN, STATE, LOCATION, TOOL = range(4)
 ANSWER, BOX, BOTH = range(3)
 FORCEPS, SCISSORS = "bipolar_forceps", "monopolar_curved_scissors"
 
 
 def record(kind, name, topic=None, pixels=(0, 0, 1280, 1024)):
     box = tuple(edge / side for edge, side in zip(pixels, (1280, 1024) * 2, strict=True))
-    tool = topic if kind in (STATE, LOCATION) else None
-    return Record(vocabulary.ask(kind, topic), name, box, kind, tool, "labels.txt:1")
-
-
-def frame(*records):
-    return Frame("seq_2/frame000", "seq_2", Path("frame000.png"), 1280, 1024, records)
+    return labelled.record(kind, name, topic, box)
 
 
 AT, BY, TISSUE = (10, 20, 110, 220), (600, 500, 900, 800), (300, 200, 700, 600)

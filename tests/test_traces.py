@@ -1,28 +1,16 @@
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import trace_mutations as lies
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from labelled import ELSEWHERE, HERE, LOCATION, ORGAN, STATE, THERE, TOOL, frame, record
 
 from surgery_r1_jax import answer, labellist, tracecheck, traces, vocabulary
-from surgery_r1_jax.records import Frame, Record
 
 LABELS = SHARED / "data" / "endovis18" / "labels_train.txt"
-ORGAN, STATE, LOCATION, TOOL = range(4)
-HERE, THERE, ELSEWHERE = (0.1, 0.1, 0.3, 0.3), (0.5, 0.5, 0.9, 0.9), (0.0, 0.0, 1.0, 1.0)
-
-
-def record(kind, name, topic=None, box=HERE):
-    tool = topic if kind in (STATE, LOCATION) else None
-    return Record(vocabulary.ask(kind, topic), name, box, kind, tool, "labels.txt:1")
-
-
-def frame(*records):
-    return Frame("seq_2/frame000", "seq_2", Path("frame000.png"), 1280, 1024, records)
 
 
 KIDNEY = record(ORGAN, "kidney", box=ELSEWHERE)
