@@ -25,44 +25,17 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from surgery_r1_jax import hf, images, tensors, tiny
+from surgery_r1_jax import hf, images, sizes, tensors, tiny
 
 GIB = 2**30
-ROPE = dict(rope_type="default", rope_theta=1e6)
-
-
-def text(width, layers, heads, kv_heads, mlp, **more):
-    """A text_config."""
-    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    return sizes | dict(intermediate_size=mlp, vocab_size=151936) | more
-
-
-# From config.json of the model cards Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen3-VL-2B-Instruct; both heads are tied.
-SHAPES = {
-    "qwen2_5_vl_3b": (
-        "Qwen2_5_VLConfig",
-        text(2048, 36, 16, 2, 11008, rope_parameters=ROPE | dict(mrope_section=[16, 24, 24])),
-        dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
-        | dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
-    ),
-    "qwen3_vl_2b": (
-        "Qwen3VLConfig",
-        text(2048, 28, 16, 8, 6144, head_dim=128, rope_parameters=ROPE | dict(mrope_section=[24, 20, 20])),
-        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2048)
-        | dict(num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]),
-    ),
-}
+SHAPES = {"qwen2_5_vl_3b": "Qwen2.5-VL-3B", "qwen3_vl_2b": "Qwen3-VL-2B"}
 
 
 def write_random(folder: Path, shape: str) -> None:
     """A folder of this shape: random weights, the tiny tokenizer."""
-    import transformers
-
-    name, words, tower = SHAPES[shape]
     tiny.write_folder(folder)
     image = json.loads((folder / "config.json").read_text("utf-8"))["image_token_id"]
-    whole = dict(text_config=words, vision_config=tower, tie_word_embeddings=True, image_token_id=image)
-    getattr(transformers, name)(**whole).save_pretrained(folder)
+    sizes.transformers_config(SHAPES[shape], image_token_id=image).save_pretrained(folder)
     settings = hf.read_config(folder)
     bounds = (4 * 28 * 28, 1280 * 28 * 28)
     images.Preprocessor(settings.vision.patch_size, 2, 2, *bounds, tiny.MEAN, tiny.STD).to_folder(folder)

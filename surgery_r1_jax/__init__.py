@@ -8,10 +8,10 @@ Reading order; a module imports only modules before it. README.md says of each w
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples lengths check pipeline
     model                    sharding layers attention vision vision_qwen3 experts decoder model
-    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
+    families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families sizes lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          tensors hf peft fresh optim packed modelcard checkpoint log
-    programs                 evaluate conversations run sft grpo
+    programs                 evaluate conversations run sft grpo hlo programs
     for people               pictures charts cards report data_page memory doctor survey ask demo
                              arguments handlers cli
 

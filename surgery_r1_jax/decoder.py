@@ -113,12 +113,13 @@ class Decoder(nnx.Module):
         """Run a prefix and its branches; returns the branches' final vectors [B, J, T, D]."""
         graph, stacked = nnx.split(self.blocks)
         prefix_angle, branch_angle = (angles(s.position, self.config) for s in (prefix, branches))
+        lane_chunk = _lane_chunk(*branches.x.shape[1:3], self.compute.query_chunk)
 
         def layer(carry, xs):
             (p, b), (params, index) = carry, xs
-            block = nnx.merge(graph, params)
+            block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
             p, made = block(p, prefix_angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
-            b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made))
+            b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made), lane_chunk)
             return (_deepened(p, prefix.deep, index), b), None
 
         if self.compute.remat:
@@ -133,7 +134,7 @@ class Decoder(nnx.Module):
 
         def layer(x, xs):
             params, index = xs
-            block = nnx.merge(graph, params)
+            block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
             x, own = block(x, angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
             return _deepened(x, prefix.deep, index), Cache(own.key[:, 0], own.value[:, 0])
 
@@ -167,7 +168,7 @@ class Decoder(nnx.Module):
                 mine = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in written)
                 return Keys(*mine, segment_BJU, order)
 
-            block = nnx.merge(graph, params)
+            block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
             x, _ = block(x, angle, lanes.queries, remember, Keys(*past, prefix_segment_BP))
             return (x, written), None
 
@@ -185,6 +186,11 @@ def _deepened(x, deep, index):
         return x
     added = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(index, deep.shape[0] - 1), keepdims=False)
     return x + jnp.where(index < deep.shape[0], added, 0)
+
+
+def _lane_chunk(lanes: int, tokens: int, chunk: int | None) -> int | None:
+    """Queries of each lane at a time, if `chunk` of all lanes may be: the tokens in equal parts, to the next eight."""
+    return chunk and -(-tokens // -(-lanes * tokens // chunk) // 8) * 8
 
 
 def _fresh(queries: Queries):

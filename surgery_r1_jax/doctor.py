@@ -28,6 +28,7 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    programs,
     records,
     run,
     sharding,
@@ -65,7 +66,7 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     _section("data", settings.data.root, _data_rows(settings, frames, dev))
     lengths = measure(frames, encoder)
     first = first_batch(settings, frames, encoder)
-    job = memory.Job(settings, architecture, mesh, first)
+    job = programs.Job(settings, architecture, mesh, first)
     stopping = problem(job)
     _section("tokens", "longest of the training frames", _token_rows(frames, encoder, lengths, job))
     _section("shapes", "of a batch on all devices", _shape_rows(job))
@@ -158,7 +159,7 @@ def first_batch(settings: options.SFT | options.GRPO, frames: Sequence[Frame], e
     return next(iter(stream))
 
 
-def problem(job: memory.Job) -> str | None:
+def problem(job: programs.Job) -> str | None:
     """What would stop the run, although the configuration is sound in itself."""
     frames, devices = job.settings.data.frames, job.frame_axes
     if frames % devices:
@@ -168,7 +169,9 @@ def problem(job: memory.Job) -> str | None:
     return None
 
 
-def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes) -> Iterator[str]:
+def warnings(
+    job: programs.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes
+) -> Iterator[str]:
     """What would not stop the run but spoil or slow it."""
     settings, architecture, devices = job.settings, job.architecture, job.frame_axes
     most = most_tokens(folder)
@@ -261,7 +264,7 @@ def _counted(frames: Sequence[Frame]) -> str:
     return f"{len(frames):,} frames, {sum(len(frame.records) for frame in frames):,} questions"
 
 
-def _token_rows(frames, encoder: Encoder, lengths: Lengths, job: memory.Job) -> list[tuple[str, str]]:
+def _token_rows(frames, encoder: Encoder, lengths: Lengths, job: programs.Job) -> list[tuple[str, str]]:
     sizes = {encoder.preprocessor.resized(frame.width, frame.height) for frame in frames}
     width, height = max(sizes, key=math.prod)
     unit = (encoder.preprocessor.patch_size * encoder.preprocessor.merge_size) ** 2
@@ -276,7 +279,7 @@ def _token_rows(frames, encoder: Encoder, lengths: Lengths, job: memory.Job) -> 
     return rows
 
 
-def _shape_rows(job: memory.Job) -> list[tuple[str, str]]:
+def _shape_rows(job: programs.Job) -> list[tuple[str, str]]:
     shape, frames = job.shape, job.settings.data.frames
     values = job.batch.patches_BWSC.shape[-1]
     rows = [

@@ -139,7 +139,8 @@ def predict_blank(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _decode(graph, params, prompts, allowed_V, fixed):
+def greedily(graph, params, prompts, allowed_V, fixed):
+    """`decode` with what is fixed of it apart: sampler, stop token and padding."""
     sampling_config, stop_id, pad_id = fixed
     net = model.bind(graph, params)
     words = sampling.Vocabulary(allowed_V, stop_id, pad_id)
@@ -149,7 +150,7 @@ def _decode(graph, params, prompts, allowed_V, fixed):
 
 def decode(graph, params, prompts, words: sampling.Vocabulary, settings: options.Sampler) -> sampling.Rollout:
     """Greedy completions of a batch of prompts; compiled once a shape."""
-    return _decode(graph, params, prompts, words.allowed_V, (settings, words.stop_id, words.pad_id))
+    return greedily(graph, params, prompts, words.allowed_V, (settings, words.stop_id, words.pad_id))
 
 
 def score(predictions: Sequence[dict], classes: Sequence[str] = vocabulary.CLASSES) -> dict:

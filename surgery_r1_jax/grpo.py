@@ -36,6 +36,8 @@ from surgery_r1_jax import (
 )
 from surgery_r1_jax.batch import FrameBatch
 
+ROUNDED = ("kernel", "embed", "head", "gate_up", "down")  # parameters that every module casts as it reads them
+
 
 class Experience(NamedTuple):
     """A graded rollout: all that an update reads. Leading axis frames."""
@@ -115,6 +117,16 @@ def token_scores(graph, settings: options.GRPO, params, batch: FrameBatch, allow
 def reference_logp(graph, settings: options.GRPO, params, batch, allowed_V):
     """Log-probabilities of the drawn tokens under the frozen reference [B, J, T]."""
     return token_scores(graph, settings, params, batch, allowed_V).logp_BL
+
+
+def frozen_copy(params: dict, dtype: str) -> dict:
+    """A copy to hold the policy against: it computes what `params` would, and is half as large where that is bfloat16.
+
+    Matrices, which are only ever used in the precision of compute, are kept in it.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: jnp.array(p, dtype if path[-1].key in ROUNDED else p.dtype, copy=True), params
+    )
 
 
 lay_out = jax.jit(sampling.branches, static_argnums=2)
@@ -207,7 +219,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
-    reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if held_against else None
+    reference = (setup.frozen or frozen_copy(setup.params, settings.compute.dtype)) if held_against else None
     reference_hash = setup.start if reference is not None else None
     reference_graph, _ = model.build(setup.model, settings.compute)
     steps = plan.steps * settings.updates * settings.minibatches

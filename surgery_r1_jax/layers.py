@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from surgery_r1_jax import sharding
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -20,6 +22,22 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initi
     if stack is not None:
         shape, axes = (stack, *shape), ("layers", *axes)
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+def gathered(params: nnx.State, dtype: str) -> nnx.State:
+    """One layer's parameters as it computes with them: matrices in the precision of compute and in one place.
+
+    Said once a layer, so that what prefix and branches share travels once and in the narrower precision, and their
+    gradients are added up before they travel back.
+    """
+
+    def gather(variable):
+        x = variable.get_value()
+        if not isinstance(x, jax.Array) or x.ndim < 2:  # packed matrices; norms, which are read in float32
+            return variable
+        return variable.replace(sharding.gathered(x.astype(dtype), variable.get_metadata()["axes"][-x.ndim :]))
+
+    return jax.tree.map(gather, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 class Linear(nnx.Module):
@@ -35,9 +53,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """Map [..., in] to [..., out]."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.inputs)
+        y = jnp.tensordot(sharding.by_frames(x), self.kernel[...].astype(x.dtype), axes=self.inputs)
         if self.lora is not None:
             y += self.lora(x)
+        y = sharding.by_frames(y)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from surgery_r1_jax import errors, families, layers, model, options, weights
+from surgery_r1_jax import errors, families, layers, model, options, sharding, weights
 
 # What a checkpoint holds as a matrix, but PyTorch does not run as a linear layer, where PEFT could not adapt it.
 NOT_LINEAR = ("tower.patch_embed", "decoder.blocks.mlp.router")
@@ -54,7 +54,7 @@ class Adapter(nnx.Module):
             key = jax.random.fold_in(self.key[...], x.size % 2**31)  # prefix and branches come through one adapter
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        low = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=self.inputs)
+        low = sharding.by_frames(jnp.tensordot(x, self.a[...].astype(x.dtype), axes=self.inputs))
         return jnp.tensordot(low, self.b[...].astype(x.dtype), axes=1) * self.scale
 
 

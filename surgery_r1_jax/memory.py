@@ -6,16 +6,12 @@ the compiler may keep more or less at a time. For Qwen2.5-VL-3B on eight devices
 0.97 (SFT) and 0.82 (GRPO) of what the compiler said for CPUs.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding
-from surgery_r1_jax.batch import FrameBatch, Shape
+from surgery_r1_jax import lora, programs, scoring
+from surgery_r1_jax.programs import Job
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
 LOGIT_COPIES = 4  # of a chunk's logits in its backward pass: themselves, their softmax, target and cotangent
@@ -29,7 +25,7 @@ class Bytes(NamedTuple):
     reference: int  # frozen copy of the parameters that GRPO's KL term needs
     gradients: int
     activations: int  # of a step, its batch included
-    rollout: int  # caches and logits; at another time than gradients and activations
+    rollout: int  # of drawing and of the reference's pass; at another time than gradients and activations
     how: str  # "compiled" or "estimated"
 
     @property
@@ -37,50 +33,6 @@ class Bytes(NamedTuple):
         """What must fit."""
         lasting = self.parameters + self.moments + self.reference
         return lasting + max(self.gradients + self.activations, self.rollout)
-
-
-class Job(NamedTuple):
-    """What is trained, where, and on batches of which shape."""
-
-    settings: options.SFT | options.GRPO
-    architecture: model.Config
-    mesh: Mesh | AbstractMesh
-    batch: FrameBatch  # NumPy arrays of a whole batch as the pipeline gives it
-
-    @property
-    def params(self) -> dict:
-        """Shapes of all parameters."""
-        return nnx.to_pure_dict(model.build(self.architecture)[1])
-
-    @property
-    def frame_axes(self) -> int:
-        """Devices that the frames of a batch are spread over."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-    @property
-    def parts(self) -> int:
-        """Parts that a batch is cut into before it goes through the model."""
-        return self.settings.accumulate * getattr(self.settings, "minibatches", 1)
-
-    @property
-    def samples(self) -> int:
-        """Completions drawn for each question; 0 in SFT, which draws none."""
-        return getattr(self.settings, "samples", 0)
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether a frozen copy of the parameters is kept; adapters leave the base as it was, which serves."""
-        return bool(self.samples) and self.settings.objective.beta > 0 and not self.settings.lora.rank
-
-    @property
-    def shape(self) -> Shape:
-        """Extents of what one update goes through."""
-        W, P = self.batch.patch_image_BWS.shape[1], self.batch.prefix_ids_BP.shape[1]
-        J, T = self.batch.branch_ids_BJT.shape[1:]
-        if not self.samples:
-            return Shape(W, P, J, T, self.batch.score_target_BL.shape[1])
-        Tc = self.settings.sampler.max_tokens
-        return Shape(W, P, J * self.samples, T + Tc, J * self.samples * Tc)
 
 
 def estimated(job: Job) -> Bytes:
@@ -95,77 +47,20 @@ def estimated(job: Job) -> Bytes:
 
 def compiled(job: Job) -> Bytes:
     """Memory by the compiler. Needs a mesh of real devices."""
-    parameters, moments, reference, gradients = _lasting(job)
-    step, drawing = lowered(job)
-    activations = _peak(step) - parameters - moments - gradients
-    rollout = _peak(drawing) - parameters if drawing else 0
-    return Bytes(parameters, moments, reference, gradients, activations, rollout, "compiled")
-
-
-def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
-    """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
-    settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
-    state, frozen, tx = _state(job)
-    batch = _spread(job.batch, mesh)
-    by_word = lambda dtype: jax.ShapeDtypeStruct((V,), dtype, sharding=sharding.replicated(mesh))  # noqa: E731
-    if not job.samples:
-        return sft.train_step.lower(graph, tx, state, frozen, batch, by_word(np.int32), settings), None
-    B, Q = batch.branch_ids_BJT.shape[:2]
-    numbers = _spread((np.zeros(B, np.int32), np.zeros((B, Q), np.int32)), mesh)  # of frames and questions
-    key, words = jax.eval_shape(jax.random.key, 0), sampling.Vocabulary(by_word(np.bool_), 0, 0)
-    policy = model.joined(frozen, state.params)
-    drawing = grpo.roll_out.lower(still, settings, policy, batch, key, numbers, words)
-    drawn = _spread(drawing.out_info, mesh)
-    laid_out = _spread(jax.eval_shape(lambda b, d: sampling.branches(b, d, settings.samples), batch, drawn), mesh)
-    logp_BJT = drawn.logp_BJT
-    advantage_BJ = _spread(jax.eval_shape(lambda x_BJT: x_BJT[..., 0], logp_BJT), mesh)
-    graded = grpo.Experience(laid_out, drawn.mask_BJT, logp_BJT, logp_BJT, advantage_BJ)
-    return grpo.update_step.lower(graph, tx, settings, state, frozen, graded, words.allowed_V, np.int32(0)), drawing
+    lasting = _lasting(job)
+    own = {
+        name: programs.peak(program.lower().compile()) + program.beside - sum(lasting[:3])
+        for name, program in programs.of(job).items()
+    }
+    activations = own.pop("update") - lasting[3]
+    return Bytes(*lasting, activations, max(own.values(), default=0), "compiled")
 
 
 def _lasting(job: Job) -> tuple[int, int, int, int]:
     """Parameters, moments, reference and gradients."""
-    state, frozen, _ = _state(job)
-    size = lambda tree: sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    trained = size(state.params)
-    return trained + size(frozen), size(state.opt_state), trained * job.has_reference, trained
-
-
-def _state(job: Job):
-    """The train state and what is frozen as abstract arrays with their shardings, and the optimiser."""
-    adapted = job.settings.lora
-    _, abstract = lora.build(job.architecture, job.settings.compute, adapted)
-    params, frozen = lora.split(nnx.to_pure_dict(abstract))
-    places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
-    tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
-    state = jax.eval_shape(lambda params: optim.start(params, tx), params)
-    dtype = "bfloat16" if adapted.four_bits else adapted.base
-    kept = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), frozen, frozen_places
-    )
-    if adapted.four_bits:
-        kept = packed.abstract(kept, job.architecture, adapted.base)
-    return run.abstract_state(state, run.state_shardings(state, places, job.mesh)), kept, tx
-
-
-def _spread(tree, mesh: Mesh):
-    """Abstract arrays whose frames are spread over the mesh."""
-    where = NamedSharding(mesh, sharding.FRAMES)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
-
-
-def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    bits = 4 if leaf.dtype in (jax.numpy.int4, jax.numpy.uint4) else 8 * leaf.dtype.itemsize
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
-
-
-def _peak(lowered: jax.stages.Lowered) -> int:
-    """Bytes that a program has in use on a device, its arguments included."""
-    used = lowered.compile().memory_analysis()
-    own = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    return used.argument_size_in_bytes + own
+    (train, frozen, reference), _ = programs.state_of(job)
+    trained, *others = map(programs.bytes_of, (train.params, frozen, train.opt_state, reference))
+    return trained + others[0], others[1], others[2], trained
 
 
 def _activations(job: Job, frames: int) -> int:

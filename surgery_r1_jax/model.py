@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from surgery_r1_jax import decoder, layers, options, vision
+from surgery_r1_jax import decoder, layers, options, sharding, vision
 from surgery_r1_jax.attention import Queries
 from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.decoder import Cache, Stream
@@ -46,8 +46,8 @@ class QwenVL(nnx.Module):
 
     @property
     def unembed_VD(self) -> jax.Array:
-        """The matrix that turns final vectors into logits."""
-        return (self.embed if self.head is None else self.head)[...]
+        """The matrix that turns final vectors into logits, its vocabulary shared out over the whole mesh."""
+        return sharding.pinned((self.embed if self.head is None else self.head)[...], sharding.MESH_AXES, None)
 
     def hidden(self, batch: FrameBatch) -> jax.Array:
         """Final vectors of all branch tokens [B, J, T, D]; the prefix, tower included, is run once a frame."""
@@ -75,7 +75,7 @@ class QwenVL(nnx.Module):
         return Cache(jnp.zeros(shape, self.compute.dtype), jnp.zeros(shape, self.compute.dtype))
 
     def _embed(self, ids):
-        return jnp.take(self.embed[...], ids, axis=0).astype(self.compute.dtype)
+        return sharding.by_frames(jnp.take(self.embed[...], ids, axis=0).astype(self.compute.dtype))
 
     def _prefix(self, batch: FrameBatch) -> Stream:
         seen = self.tower(batch.patches_BWSC, batch.patch_hw_BWS2, batch.patch_image_BWS)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from surgery_r1_jax import attention, options
+from surgery_r1_jax import attention, options, sharding
 from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.decoder import Cache
 from surgery_r1_jax.model import QwenVL
@@ -77,8 +77,9 @@ def rollout(
 
     def logits(hidden_BJD):
         wide = jnp.promote_types(hidden_BJD.dtype, jnp.float32)
+        hidden_BJD = sharding.pinned(hidden_BJD, None, None, None)  # the kernel is shared out by vocabulary
         out = jnp.einsum("bjd,vd->bjv", hidden_BJD, unembed_VD.astype(hidden_BJD.dtype), preferred_element_type=wide)
-        return jnp.where(vocabulary.allowed_V, out, attention.MASKED)
+        return sharding.by_frames(jnp.where(vocabulary.allowed_V, out, attention.MASKED))
 
     if question_BQ is None:
         question_BQ = jnp.broadcast_to(jnp.arange(Q), (B, Q))

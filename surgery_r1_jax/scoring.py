@@ -3,8 +3,9 @@
 With 150,000 words the logits would be the largest array of training. Both functions walk along L in chunks,
 form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. The frames
 axis is never cut, so frames split over devices stay where they are; token ids are compared, not looked up, so
-that a vocabulary split over devices is not gathered either. On a mesh, split the kernel by vocabulary over all
-axes: then only hidden states travel inside the loop. Split by D it would be gathered for every chunk.
+that a vocabulary split over devices is not gathered either. On a mesh the kernel's vocabulary is shared out over all
+axes (`model.QwenVL.unembed_VD`): only hidden states travel inside the loop. Split by D it would be gathered for every
+chunk.
 
 The kernel is laid out as the embedding table, [V, D]: tied weights need no transposed copy. The product runs
 in the precision of the hidden states; what follows, and the kernel's gradient summed over chunks, is float32
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from surgery_r1_jax import sharding
 
 CHUNK = 128  # tokens of each frame whose logits exist at one time: B x CHUNK x V x 4 bytes
 DISALLOWED = -1e9  # logit of an id that is never sampled: finite, so that no difference of two is NaN
@@ -115,7 +118,9 @@ def _score(
 ) -> TokenScores:
     """Scores of one chunk; with numbers, `logp` is the mean under the smoothed target distribution."""
     kernel_VD = unembed_VD.astype(hidden_BlD.dtype)
+    hidden_BlD = sharding.pinned(hidden_BlD, None, None, None)  # few next to the kernel, so it is they that travel
     logits_BlV = jnp.einsum("bld,vd->blv", hidden_BlD, kernel_VD, preferred_element_type=_wide(hidden_BlD))
+    logits_BlV = sharding.pinned(logits_BlV, None, None, sharding.MESH_AXES)
     logits_BlV = logits_BlV / temperature
     if allowed_V is not None:
         logits_BlV = jnp.where(allowed_V[None, None], logits_BlV, DISALLOWED)

@@ -5,6 +5,7 @@ the table is an error, so that nothing is replicated by accident. Frames are spr
 lanes and tokens are never split.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +17,7 @@ from surgery_r1_jax import errors
 
 MESH_AXES = ("data", "fsdp", "tensor")
 FRAMES = PartitionSpec(("data", "fsdp"))  # leading axis of every batch array
+FREE = PartitionSpec.UNCONSTRAINED  # an array axis whose place is the compiler's choice
 
 # Logical axis -> mesh axis. An axis that the mesh does not divide evenly (two key/value heads on four chips)
 # is replicated.
@@ -38,7 +40,7 @@ RULES: dict[str, str | None] = {
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
     "merged": "tensor",
-    "rank": None,
+    "rank": "fsdp",  # where the other axis of an adapter's matrix is not already there
 }
 
 
@@ -80,6 +82,40 @@ def of_params(abstract: nnx.State, mesh: Mesh) -> dict:
             raise errors.InputError(f"parameter {where} names no logical axes")
         flat[path] = NamedSharding(mesh, spec(axes, variable.get_value().shape, mesh, where))
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def pinned(x: jax.Array, *parts) -> jax.Array:
+    """`x` laid out as `parts` say of its first axes, on the mesh that the program runs on; the others are left free.
+
+    For arrays inside jitted programs. An axis that the mesh does not divide evenly is left free too.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return x
+
+    def place(part, size):
+        names = (part,) if isinstance(part, str) else part
+        return FREE if isinstance(names, tuple) and size % math.prod(mesh.shape[name] for name in names) else part
+
+    places = [place(part, size) for part, size in zip(parts, x.shape, strict=False)]
+    places += [FREE] * (x.ndim - len(places))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*places)))
+
+
+def by_frames(x: jax.Array) -> jax.Array:
+    """Activations whose frames stay where they are. Left to itself the compiler may gather all frames on every device,
+    so as not to gather a layer's weights, which live on the same mesh axis.
+    """
+    return pinned(x, *FRAMES)
+
+
+def gathered(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A parameter with these logical axes, whole on every device but for what `tensor` shares out."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return x
+    parts = [None if part == "fsdp" else part for part in spec(axes, x.shape, mesh)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

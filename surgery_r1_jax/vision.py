@@ -163,7 +163,7 @@ class Tower(nnx.Module):
         grouped = jax.tree.map(lambda p: p.reshape(-1, config.period, *p.shape[1:]), stacked)
 
         def layer(x, params, *, full):
-            block = nnx.merge(graph, params)
+            block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
             return block(x, angle, image_BWS, full=full, chunk=self.compute.query_chunk)
 
         def group(x, params):

@@ -50,7 +50,8 @@ class Tower(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def run(x, params):
-            return nnx.merge(graph, params)(x, angle, image_BWS, full=True, chunk=self.compute.query_chunk)
+            block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
+            return block(x, angle, image_BWS, full=True, chunk=self.compute.query_chunk)
 
         if self.compute.tower_remat:
             run = jax.checkpoint(run)

@@ -20,6 +20,8 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    programs,
+    sizes,
     synth,
     tiny,
 )
@@ -27,57 +29,8 @@ from surgery_r1_jax.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-# Source: config.json of the model cards Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct.
-PUBLISHED = {
-    "3b": dict(
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
-}
 # Total sizes that the safetensors indices of the two cards give, in parameters.
 PARAMETERS = {"3b": 3_754_622_976, "7b": 8_292_166_656}
-
-
-def published(size, image_token_id):
-    tower = dict(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        in_chans=3,
-        out_hidden_size=PUBLISHED[size]["hidden_size"],
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-        tokens_per_second=2,
-    )
-    return PUBLISHED[size] | dict(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        model_type="qwen2_5_vl",
-        image_token_id=image_token_id,
-        max_position_embeddings=128000,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
-        use_sliding_window=False,
-        vision_config=tower,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +40,8 @@ def real_folder(tmp_path_factory):
     def get(size):
         folder = tiny.write_folder(tmp_path_factory.mktemp(size))
         image_token_id = json.loads((folder / "config.json").read_text())["image_token_id"]
-        (folder / "config.json").write_text(json.dumps(published(size, image_token_id)))
+        released = sizes.transformers_config(f"Qwen2.5-VL-{size.upper()}", image_token_id=image_token_id)
+        released.save_pretrained(folder)
         images.Preprocessor(14, 2, 2, 4 * 28 * 28, 16384 * 28 * 28, tiny.MEAN, tiny.STD).to_folder(folder)
         return folder
 
@@ -238,14 +192,27 @@ def job_for(settings, folder):
     architecture = hf.read_config(folder)
     encoder = hf.encoder_of(folder, architecture)
     batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
-    return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
+    return programs.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 
 
 @pytest.mark.parametrize(("program", "more"), [(options.SFT, {}), (options.GRPO, {"samples": 2})], ids=["sft", "grpo"])
 def test_the_programs_of_a_run_are_lowered_without_any_array(toys, program, more):
-    step, drawing = memory.lowered(job_of(toys, program, **more))
-    assert "sharding" in step.as_text()
-    assert (drawing is not None) == (program is options.GRPO)
+    found = programs.of(job_of(toys, program, **more))
+    assert set(found) == ({"update", "rollout"} if program is options.GRPO else {"update"})
+    assert all("sharding" in each.lower().as_text() for each in found.values())
+
+
+@pytest.mark.parametrize("program", [options.SFT, options.GRPO])
+def test_a_blank_batch_has_the_shape_of_a_real_one(toys, program):
+    job = job_of(toys, program)
+    lengths = job.batch.prefix_unit_BP
+    text = lengths.shape[1] - int((lengths[0] >= 0).sum())
+    lanes = job.shape._replace(lanes=job.batch.branch_ids_BJT.shape[1], lane_tokens=job.batch.branch_ids_BJT.shape[2])
+    lanes = lanes._replace(scored=job.batch.score_target_BL.shape[1])
+    encoder = hf.encoder_of(toys[0], job.architecture)
+    blank = programs.blank_batch(job.architecture, encoder.preprocessor.resized(112, 84), text, lanes, 8)
+    for name, ours, real in zip(blank._fields, blank, job.batch, strict=True):
+        assert (ours.shape, ours.dtype) == (real.shape, real.dtype), name
 
 
 @pytest.mark.slow
@@ -288,8 +255,8 @@ def test_adapters_leave_gradients_moments_and_reference_to_themselves(toys):
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_the_programs_of_a_run_of_adapters_are_lowered_too(toys, base):
     adapters = options.Lora(rank=2, base=base, dropout=0.1)
-    step, drawing = memory.lowered(job_of(toys, options.GRPO, samples=2, lora=adapters))
-    assert "sharding" in step.as_text() and "sharding" in drawing.as_text()
+    for each in programs.of(job_of(toys, options.GRPO, samples=2, lora=adapters)).values():
+        assert "sharding" in each.lower().as_text()
 
 
 def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import randomised
 import toy
 from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import checkpoint, codec, families, grpo, hf, images, log, options, sft, tiny
+from surgery_r1_jax import checkpoint, codec, families, grpo, hf, images, log, model, options, sft, tiny
 
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 
@@ -61,3 +63,24 @@ def test_a_family_is_trained_reinforced_exported_and_loaded_again(start, data, t
 
     _, info = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_a_reference_kept_in_bfloat16_scores_as_the_one_it_is_a_copy_of():
+    """Of the family that has every kind of parameter: experts, places, norms with and without bias."""
+    config = families.FAMILIES["qwen3_vl_moe"].architecture(randomised.configuration("qwen3_vl_moe", tied=False))
+    params = toy.params(config)
+    copy = grpo.frozen_copy(params, "bfloat16")
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(copy) < 0.52 * size(params)
+    batch = randomised.batch(config, [randomised.frame(1, grids=((4, 6),), lengths=(5, 5), patch=16)])
+    graph, _ = model.build(config, options.Compute(dtype="bfloat16"))
+
+    @jax.jit
+    def scored(params):
+        net = model.bind(graph, params)
+        return net.scored(batch), net.unembed_VD.astype(jnp.bfloat16)
+
+    for ours, theirs in zip(scored(copy), scored(params), strict=True):
+        assert jnp.array_equal(ours, theirs)
+    coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)  # norms and places too: this is another model
+    assert not jnp.array_equal(scored(coarse)[0], scored(params)[0])

@@ -236,6 +236,15 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
         sharding.make_mesh(shape)
 
 
+def test_an_array_is_pinned_on_the_mesh_that_the_program_runs_on(meshes):
+    pin = jax.jit(lambda x: sharding.pinned(x + 1, ("data", "fsdp"), "tensor"))
+    there = sharding.put_batch(np.zeros((8, 6), np.float32), meshes[8])
+    assert {shard.data.shape for shard in pin(there).addressable_shards} == {(2, 3)}
+    odd = sharding.put_batch(np.zeros((8, 5), np.float32), meshes[8])  # 5 is not shared out over two devices
+    assert {shard.data.shape for shard in pin(odd).addressable_shards} == {(2, 5)}
+    assert pin(jnp.zeros((7, 5))).shape == (7, 5)  # on one device there is nothing to say
+
+
 def test_rows_come_back_in_the_order_they_were_put_and_must_divide(meshes):
     rows = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8.0)}
     placed = sharding.put_batch(rows, meshes[8])
