@@ -46,8 +46,8 @@ class QwenVL(nnx.Module):
 
     @property
     def unembed_VD(self) -> jax.Array:
-        """The matrix that turns final vectors into logits, its vocabulary shared out over the whole mesh."""
-        return sharding.pinned((self.embed if self.head is None else self.head)[...], sharding.MESH_AXES, None)
+        """The matrix that turns final vectors into logits."""
+        return (self.embed if self.head is None else self.head)[...]
 
     def hidden(self, batch: FrameBatch) -> jax.Array:
         """Final vectors of all branch tokens [B, J, T, D]; the prefix, tower included, is run once a frame."""

@@ -73,12 +73,12 @@ def rollout(
     completion = jnp.broadcast_to(valid_BJ[..., None], (B, J, Tc)).astype(jnp.int32)
     segment_BJU = jnp.concatenate([spread(segment_BQT), completion], axis=-1)
     next_pos_BJ = spread(prompts.branch_pos_BJT[..., -1]) + 1
-    unembed_VD = model.unembed_VD
+    kernel_VD = sharding.pinned(model.unembed_VD.astype(hidden.dtype), sharding.MESH_AXES, None)
 
     def logits(hidden_BJD):
         wide = jnp.promote_types(hidden_BJD.dtype, jnp.float32)
         hidden_BJD = sharding.pinned(hidden_BJD, None, None, None)  # the kernel is shared out by vocabulary
-        out = jnp.einsum("bjd,vd->bjv", hidden_BJD, unembed_VD.astype(hidden_BJD.dtype), preferred_element_type=wide)
+        out = jnp.einsum("bjd,vd->bjv", hidden_BJD, kernel_VD, preferred_element_type=wide)
         return sharding.by_frames(jnp.where(vocabulary.allowed_V, out, attention.MASKED))
 
     if question_BQ is None:

@@ -1,11 +1,9 @@
 """Token log-probabilities and cross-entropy from hidden states, never holding [tokens, vocabulary] logits.
 
 With 150,000 words the logits would be the largest array of training. Both functions walk along L in chunks,
-form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. The frames
-axis is never cut, so frames split over devices stay where they are; token ids are compared, not looked up, so
+form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. Token ids are compared, not looked up, so
 that a vocabulary split over devices is not gathered either. On a mesh the kernel's vocabulary is shared out over all
-axes (`model.QwenVL.unembed_VD`): only hidden states travel inside the loop. Split by D it would be gathered for every
-chunk.
+axes: only a chunk's hidden states travel inside the loop. Split by D the kernel would be gathered for every chunk.
 
 The kernel is laid out as the embedding table, [V, D]: tied weights need no transposed copy. The product runs
 in the precision of the hidden states; what follows, and the kernel's gradient summed over chunks, is float32
@@ -108,7 +106,7 @@ def _walk(score, hidden_BLD, unembed_VD, target_BL, chunk: int) -> TokenScores:
         return jnp.moveaxis(x_SBl, 0, 1).reshape(x_SBl.shape[1], steps * chunk)[:, :length]
 
     # Widened outside the loop, so that the kernel's gradient is summed over chunks in float32.
-    unembed_VD = unembed_VD.astype(_wide(unembed_VD))
+    unembed_VD = sharding.pinned(unembed_VD.astype(_wide(unembed_VD)), sharding.MESH_AXES, None)
     step = jax.checkpoint(lambda piece: score(piece[0], unembed_VD, piece[1]), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(step, (cut(hidden_BLD), cut(target_BL))))
 

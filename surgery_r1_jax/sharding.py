@@ -84,18 +84,19 @@ def of_params(abstract: nnx.State, mesh: Mesh) -> dict:
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
-def pinned(x: jax.Array, *parts) -> jax.Array:
+def pinned(x: jax.Array, *parts: Sequence[str] | None) -> jax.Array:
     """`x` laid out as `parts` say of its first axes, on the mesh that the program runs on; the others are left free.
 
-    For arrays inside jitted programs. An axis that the mesh does not divide evenly is left free too.
+    A part names the mesh's axes, None or () is whole everywhere. For arrays inside jitted programs. An axis that the
+    mesh does not divide evenly is left free too.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty:
         return x
 
     def place(part, size):
-        names = (part,) if isinstance(part, str) else part
-        return FREE if isinstance(names, tuple) and size % math.prod(mesh.shape[name] for name in names) else part
+        names = tuple(name for name in part or () if name in mesh.shape)
+        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else FREE
 
     places = [place(part, size) for part, size in zip(parts, x.shape, strict=False)]
     places += [FREE] * (x.ndim - len(places))

@@ -237,7 +237,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
 
 
 def test_an_array_is_pinned_on_the_mesh_that_the_program_runs_on(meshes):
-    pin = jax.jit(lambda x: sharding.pinned(x + 1, ("data", "fsdp"), "tensor"))
+    pin = jax.jit(lambda x: sharding.pinned(x + 1, ("data", "fsdp"), ("tensor",)))
     there = sharding.put_batch(np.zeros((8, 6), np.float32), meshes[8])
     assert {shard.data.shape for shard in pin(there).addressable_shards} == {(2, 3)}
     odd = sharding.put_batch(np.zeros((8, 5), np.float32), meshes[8])  # 5 is not shared out over two devices
