@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -362,7 +361,7 @@ def _taker(source: Path, settings: model.Config, which: str, dtype: str) -> hf.T
 
     def take(where):
         wanted = unflatten_dict({tuple(where): hf.at(abstract, where)})
-        return np.asarray(hf.at(_saved(source, which, _wanted(wanted, None, dtype)), where))
+        return hf.at(_saved(source, which, _wanted(wanted, None, dtype)), where)
 
     return take
 
