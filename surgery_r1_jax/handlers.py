@@ -98,6 +98,15 @@ def data_export(args: argparse.Namespace) -> int | None:
     return conversations.run(args.source, args.out, **how)
 
 
+def augment(args: argparse.Namespace) -> None:
+    """`data augment`."""
+    from surgery_r1_jax import options, sheet
+
+    settings = options.load(args.config, args.overrides)
+    sheet.write(settings.data, args.out, count=args.frames, seed=settings.seed)
+    print(f"{args.out}: frames as the run may see them")
+
+
 def init(args: argparse.Namespace) -> None:
     """`init`."""
     start_devices()
