@@ -12,11 +12,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from surgery_r1_jax.options import Augment
 
 _GREY = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as Pillow
+_DROPS = 600  # at most
 _SMOKE_SIDE, _BLOOD_SIDE = 64, 320  # pixels of the longer side of the small fields
 _SMOKE = (216, 214, 220)
-# Blood takes away green and blue where it is thin, and has a colour of its own where it is thick.
-_ABSORBED = np.array((0.95, 2.9, 2.5), np.float32)
-_BLOOD = np.array((46, 5, 8), np.float32)
+# Of red, green and blue: what the thickest blood lets through, and how fast it comes to that.
+_DEEP, _FADES = (0.3, 0.015, 0.025), (1.3, 3.2, 2.8)
 
 
 def change(picture: Image.Image, settings: Augment, rng: np.random.Generator) -> Image.Image:
@@ -36,7 +36,7 @@ def change(picture: Image.Image, settings: Augment, rng: np.random.Generator) ->
 def relight(picture: Image.Image, brightness: float, contrast: float, gamma: float) -> Image.Image:
     """Brightness multiplied, then an exponent, then contrast about the mean of the three channels."""
     level = np.minimum(np.arange(256) / 255 * brightness, 1) ** gamma
-    mean = float(np.asarray(picture.reduce(_reduction(picture))).mean()) / 255
+    mean = float(np.mean(picture.reduce(max(1, min(picture.size) // 32)))) / 255
     middle = min(mean * brightness, 1) ** gamma
     level = np.clip(middle + (level - middle) * contrast, 0, 1)
     return picture.point((255 * level).round().astype(int).tolist() * 3)
@@ -73,13 +73,11 @@ def spill(picture: Image.Image, cover: float, rng: np.random.Generator) -> Image
     film = (0.35 * np.minimum(film / 0.08, 1) + film) * (1 + 0.25 * fine)
     dome = _drops(rng, size, cover * of_drops, fine)
     thick = rng.uniform(0.6, 1.3) * film + rng.uniform(0.8, 1.8) * dome
-    through = np.exp(-thick[..., None] * _ABSORBED)
-    own = (1 - np.exp(-thick))[..., None] * _BLOOD
     # A drop glints where it faces the light, a little above its middle.
-    own += 60 * np.clip(6 * np.gradient(dome, axis=0) - 0.8, 0, 1)[..., None]
-    light = np.asarray(picture.resize(size, Image.Resampling.BOX).convert("L"), np.float32)[..., None] / 128
-    seen = ImageChops.multiply(picture, _enlarged(_picture(255 * through), picture))
-    return ImageChops.add(seen, _enlarged(_picture(own * np.clip(light, 0.3, 1.3)), picture))
+    glint = np.clip(5 * np.diff(dome, axis=0, prepend=dome[:1]) - 0.7, 0, 0.5)
+    layers = [deep + (1 - deep) * np.exp(-fade * thick) + glint for deep, fade in zip(_DEEP, _FADES, strict=True)]
+    through = Image.merge("RGB", [_picture(255 * layer) for layer in layers])
+    return ImageChops.multiply(picture, _enlarged(through, picture))
 
 
 def _factors(rng: np.random.Generator, *bounds: float) -> list[float]:
@@ -89,19 +87,19 @@ def _factors(rng: np.random.Generator, *bounds: float) -> list[float]:
 
 def _drops(rng: np.random.Generator, size: tuple[int, int], cover: float, ragged: np.ndarray) -> np.ndarray:
     """Thickness 0..1 [height, width] of drops on about a part `cover`; near ones run together, borders are `ragged`."""
+    width, height = size
+    spatter_N = np.cumsum(rng.random(_DROPS) < 0.04)  # which one a drop is of
+    centre_N2 = rng.uniform(0, size, (_DROPS, 2))[spatter_N]
+    at_N2 = rng.normal(centre_N2, rng.uniform(0.04, 0.15, _DROPS)[spatter_N, None] * width)
+    across_N = width * np.minimum(0.0025 * np.exp(rng.exponential(0.7, _DROPS)), 0.025)
+    half_N2 = across_N[:, None] * np.stack([np.ones(_DROPS), rng.uniform(1, 1.8, _DROPS)], -1)
+    count = np.searchsorted(np.cumsum(math.pi * half_N2.prod(-1)), cover * width * height) + 1
     sheet = Image.new("L", size)
-    pen, wanted = ImageDraw.Draw(sheet), cover * size[0] * size[1]
-    centre_2, spread = rng.uniform(0, size), rng.uniform(0.04, 0.15) * size[0]
-    while wanted > 0:
-        if rng.random() < 0.04:  # another spatter
-            centre_2, spread = rng.uniform(0, size), rng.uniform(0.04, 0.15) * size[0]
-        x, y = rng.normal(centre_2, spread)
-        radius = size[0] * min(0.0025 * math.exp(rng.exponential(0.7)), 0.025)
-        long = radius * rng.uniform(1, 1.8)
-        pen.ellipse((x - radius, y - long, x + radius, y + long), fill=255)
-        wanted -= math.pi * radius * long
+    pen = ImageDraw.Draw(sheet)
+    for edges in np.concatenate([at_N2 - half_N2, at_N2 + half_N2], -1)[:count].tolist():
+        pen.ellipse(edges, fill=255)
     soft, softer = (
-        np.asarray(sheet.filter(ImageFilter.GaussianBlur(size[0] / blur)), np.float32) / 255 for blur in (200, 80)
+        np.asarray(sheet.filter(ImageFilter.GaussianBlur(width / blur)), np.float32) / 255 for blur in (200, 80)
     )
     return np.clip((soft * (1 + 0.35 * ragged) - 0.3) / 0.4, 0, 1) * (0.35 + 0.65 * softer)
 
@@ -122,10 +120,6 @@ def _small(picture: Image.Image, side: int) -> tuple[int, int]:
     """The size of a picture shrunk to a longer side of at most `side`."""
     scale = min(1.0, side / max(picture.size))
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-
-
-def _reduction(picture: Image.Image) -> int:
-    return max(1, max(picture.size) // _SMOKE_SIDE)
 
 
 def _picture(field: np.ndarray) -> Image.Image:

@@ -30,7 +30,7 @@ class Augment(config.Config):
         0.0, ge=0, le=1, description="share of frames cut out and enlarged to their old size, where no word turns false"
     )
     crop_least: float = Field(0.75, gt=0, le=1, description="shortest side of a crop, as a share of the frame's")
-    crop_visible: float = Field(0.7, gt=0, le=1, description="least share of each box that a crop must leave")
+    crop_visible: float = Field(0.6, gt=0, le=1, description="least share of each box that a crop must leave")
     light: float = Field(0.0, ge=0, le=1, description="share of frames in another light; these are its bounds:")
     brightness: float = Field(0.25, ge=0, le=4, description="multiplied or divided by up to 1 + this")
     contrast: float = Field(0.25, ge=0, le=4, description="the same, about the frame's mean")
@@ -39,7 +39,7 @@ class Augment(config.Config):
     saturation: float = Field(0.3, ge=0, le=4, description="multiplied or divided by up to 1 + this")
     white_balance: float = Field(0.1, ge=0, le=4, description="the same, of red and of blue")
     smoke: float = Field(0.0, ge=0, le=1, description="share of frames with the smoke of cautery in front")
-    smoke_density: float = Field(0.7, gt=0, le=1, description="most that it hides where it is thickest")
+    smoke_density: float = Field(0.8, gt=0, le=1, description="most that it hides where it is thickest")
     blood: float = Field(0.0, ge=0, le=1, description="share of frames with drops and a film of blood")
     blood_cover: float = Field(0.15, gt=0, le=1, description="most of the frame that it covers")
 
