@@ -27,7 +27,11 @@ class Augment(config.Config):
     )
     flip_top_bottom: float = Field(0.0, ge=0, le=1, description="share of frames turned upside down, as above")
     crop: float = Field(
-        0.0, ge=0, le=1, description="share of frames cut out and enlarged to their old size, where no word turns false"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of frames of which a part is enlarged to the whole, where no location word turns false. What"
+        " has no box may be cut off: not for questions such as how many there are",
     )
     crop_least: float = Field(0.75, gt=0, le=1, description="shortest side of a crop, as a share of the frame's")
     crop_visible: float = Field(0.6, gt=0, le=1, description="least share of each box that a crop must leave")
