@@ -65,8 +65,9 @@ class Move:
         moved = []
         for low, high, side, mirror in zip((0, 1), (2, 3), self.size, (self.across, self.down), strict=True):
             scale = side / (self.window[high] - self.window[low])
-            ends = [min(max(round((box[at] - self.window[low]) * scale, 2), 0), side) for at in (low, high)]
-            moved.append([side - end for end in reversed(ends)] if mirror else ends)
+            ends = [min(max((box[at] - self.window[low]) * scale, 0), side) for at in (low, high)]
+            ends = [side - end for end in reversed(ends)] if mirror else ends
+            moved.append([round(end, 2) for end in ends])  # as reasoning holds them, so that both stay equal
         (x0, x1), (y0, y1) = moved
         return x0, y0, x1, y1
 

@@ -250,7 +250,7 @@ def _run(argv: list[str]) -> int:
 
 def _overview(table: dict[str, Parser]) -> str:
     """The help text of the whole program."""
-    lines = [f"  {name:<12}{parser.description}" for name, parser in table.items()]
+    lines = [f"  {name:<13}{parser.description}" for name, parser in table.items()]
     return f"""usage: surgery-r1 COMMAND ...
 
 {ABOUT}

@@ -102,8 +102,7 @@ def augment(args: argparse.Namespace) -> None:
     """`data augment`."""
     from surgery_r1_jax import options, sheet
 
-    settings = options.load(args.config, args.overrides)
-    sheet.write(settings.data, args.out, count=args.frames, seed=settings.seed)
+    sheet.write(options.load(args.config, args.overrides), args.out, count=args.frames)
     print(f"{args.out}: frames as the run may see them")
 
 

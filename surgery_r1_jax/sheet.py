@@ -14,11 +14,12 @@ DRAWN = 3  # times that each frame is drawn, beside itself as it is
 _SIDE, _GAP = 640, 8  # pixels of a frame's longer side, and between frames
 
 
-def write(data: options.Data, out: Path, *, count: int, seed: int = 0) -> None:
-    """A PNG with `count` frames of the configured split, each in a row: as it is, then as it may become.
+def write(settings: options.SFT | options.GRPO, out: Path, *, count: int) -> None:
+    """A PNG with `count` frames of the run's split, each in a row: as it is, then as it may become.
 
     Raises: InputError where nothing is augmented, or for what cannot be read or written.
     """
+    data = settings.data
     if not data.augment.on:
         raise InputError("data.augment changes nothing; give a share, such as --data.augment.flip_left_right=0.5")
     found = records.split(records.read(data.root, strict=data.strict, boxes=data.boxes), data.split)
@@ -29,7 +30,7 @@ def write(data: options.Data, out: Path, *, count: int, seed: int = 0) -> None:
         picture = images.load(frame.image)
         cells = [_cell(frame, picture, "as it is")]
         for number in range(DRAWN):
-            rng = np.random.default_rng([seed, len(rows), number])
+            rng = np.random.default_rng([settings.seed, len(rows), number])
             cells.append(_cell(*augment.apply(frame, picture, data.augment, rng, rule=rule), f"drawn, {number + 1}"))
         rows.append(cells)
     pictures.save(_laid_out(rows), out)

@@ -173,6 +173,12 @@ def test_every_share_is_about_what_happens():
     assert np.abs(counts / 400 - (0.3, 0.2, 0.6)).max() < 0.07
 
 
+def boxes(text):
+    """The boxes in a text about a frame of 1280 x 1024 pixels, in parts of it."""
+    found = (piece.partition("]")[0].split(", ") for piece in text.split("[")[1:])
+    return {tuple(float(edge) / side for edge, side in zip(edges, (1280, 1024) * 2, strict=True)) for edges in found}
+
+
 def one_tool(box, organ=(0, 0, 100, 100), answer="left-bottom", **more):
     """A frame of 100 x 100 pixels with one instrument."""
     unit = [tuple(edge / 100 for edge in edges) for edges in (box, organ)]
@@ -317,6 +323,7 @@ def test_the_checker_takes_every_cropped_trace_of_real_labels_and_none_that_was_
         cropped += 1
         for old, new in zip(frame.records, moved.records, strict=True):
             assert tracecheck.check(new.think, moved, new, want=2) == "ok"
+            assert boxes(new.think) <= {each.box for each in moved.records}  # equal to the last digit
             if "[" in old.think or new.think != old.think:
                 tried += 1
                 refused += tracecheck.check(old.think, moved, new, want=2) != "ok"

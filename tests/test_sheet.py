@@ -36,14 +36,17 @@ def test_a_configuration_that_changes_nothing_is_refused(folder, capsys):
     assert "data.augment changes nothing; give a share" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_told(folder):
+def lit(folder):
     data = options.Data(root=str(folder / "data"), augment=options.Augment(light=1.0))
+    return options.SFT(model="none", data=data)
+
+
+def test_a_folder_that_is_not_there_is_told(folder):
     with pytest.raises(InputError, match=r"out\.png: cannot be written"):
-        sheet.write(data, folder / "missing" / "out.png", count=1)
+        sheet.write(lit(folder), folder / "missing" / "out.png", count=1)
 
 
 def test_more_frames_than_there_are_are_each_drawn_once(folder):
-    data = options.Data(root=str(folder / "data"), augment=options.Augment(light=1.0))
-    sheet.write(data, folder / "five.png", count=5)
-    sheet.write(data, folder / "fifty.png", count=50)
+    sheet.write(lit(folder), folder / "five.png", count=5)
+    sheet.write(lit(folder), folder / "fifty.png", count=50)
     assert (folder / "five.png").read_bytes() == (folder / "fifty.png").read_bytes()
