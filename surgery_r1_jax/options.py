@@ -25,7 +25,7 @@ class Augment(config.Config):
         description="share of frames mirrored, boxes and location words with them. Your own frames only where no class"
         " and no question has a word such as left or upper, since nothing is known of what it would become",
     )
-    flip_top_bottom: float = Field(0.0, ge=0, le=1, description="share of frames turned upside down, as above")
+    flip_top_bottom: float = Field(0.0, ge=0, le=1, description="share of frames mirrored top-bottom, as above")
     crop: float = Field(
         0.0,
         ge=0,

@@ -94,7 +94,7 @@ def shows(picture, box):
     return max(abs(a - b) for a, b in zip(seen, true, strict=True)) <= 2
 
 
-@runs(deadline=None, max_examples=150)
+@runs(deadline=None, max_examples=100)
 @given(frames(), st.integers(0, 2**32 - 1), st.floats(0.3, 1), st.floats(0.05, 1))
 def test_words_boxes_and_picture_agree_after_every_move(made, seed, least, visible):
     frame, rule = made
@@ -126,7 +126,7 @@ def test_words_boxes_and_picture_agree_after_every_move(made, seed, least, visib
             assert tracecheck.check(new.think, moved, new, want=2, reference=rule.reference) == "ok"
 
 
-@runs(deadline=None, max_examples=60)
+@runs(deadline=None, max_examples=40)
 @given(frames(), st.sampled_from(FLIPS))
 def test_mirroring_twice_restores_labels_reasoning_and_picture(made, flips):
     frame, rule = made
