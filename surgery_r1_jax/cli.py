@@ -136,6 +136,13 @@ def commands() -> dict[str, Parser]:
     boxes(add)
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
+    about = "Draw frames as a run may see them: augmented, with their moved boxes and answers."
+    example = "--config configs/sft_3b.yaml --out augmented.png --data.augment.flip_left_right=0.5"
+    add = command("data augment", handlers.augment, about, example, True)
+    add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration of the run")
+    add("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    add("--frames", type=number(int, 1, 50), default=4, metavar="N", help="frames, one a row (default: %(default)s)")
+
     add = command("init", handlers.init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
     add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
@@ -243,7 +250,7 @@ def _run(argv: list[str]) -> int:
 
 def _overview(table: dict[str, Parser]) -> str:
     """The help text of the whole program."""
-    lines = [f"  {name:<12}{parser.description}" for name, parser in table.items()]
+    lines = [f"  {name:<13}{parser.description}" for name, parser in table.items()]
     return f"""usage: surgery-r1 COMMAND ...
 
 {ABOUT}

@@ -98,6 +98,14 @@ def data_export(args: argparse.Namespace) -> int | None:
     return conversations.run(args.source, args.out, **how)
 
 
+def augment(args: argparse.Namespace) -> None:
+    """`data augment`."""
+    from surgery_r1_jax import options, sheet
+
+    sheet.write(options.load(args.config, args.overrides), args.out, count=args.frames)
+    print(f"{args.out}: frames as the run may see them")
+
+
 def init(args: argparse.Namespace) -> None:
     """`init`."""
     start_devices()

@@ -26,6 +26,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "build.run": {},
     "teacher.Teacher": None,
     "conversations.run": 0,
+    "sheet.write": None,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
@@ -166,6 +167,12 @@ def refusal(capsys, *argv, status=2):
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
         ("doctor --config c --a.b=3", "doctor.start", ((Path("c"), ["--a.b=3"]), Path("c")), {}),
         ("doctor --checkpoint k", "doctor.describe", (Path("k"),), {}),
+        (
+            "data augment --config c --out s.png --frames 2 --a.b=3",
+            "sheet.write",
+            ((Path("c"), ["--a.b=3"]), Path("s.png")),
+            {"count": 2},
+        ),
         ("init h --seed 4", "fresh.write", (Path("h"),), {"seed": 4}),
         ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],
@@ -173,7 +180,14 @@ def refusal(capsys, *argv, status=2):
 def test_every_command_calls_its_module(calls, argv, name, args, options):
     assert cli.main(argv.split()) == 0
     assert calls[-1] == (name, args, options)
-    needs_devices = name not in ("synth.write", "survey.main", "archives.unpack", "build.run", "report.run")
+    needs_devices = name not in (
+        "synth.write",
+        "survey.main",
+        "archives.unpack",
+        "build.run",
+        "sheet.write",
+        "report.run",
+    )
     assert calls[:-1] == (["start_devices"] if needs_devices else [])
 
 
