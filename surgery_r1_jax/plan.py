@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from surgery_r1_jax import errors, examples, grid
+from surgery_r1_jax import examples, grid
 from surgery_r1_jax.batch import Shape
 from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.records import Frame
@@ -47,8 +47,9 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All buckets of a stream."""
+    """All that decides, with the seed, which rows a batch has and how they lie in it."""
 
+    frames: int  # rows of a batch
     buckets: tuple[Bucket, ...]
 
     @property
@@ -196,7 +197,7 @@ def make(
                 mean([sum(room[i].branches) for i in members]),
             )
         )
-    return Plan(tuple(buckets))
+    return Plan(frames, tuple(buckets))
 
 
 def group(extents: np.ndarray, weight: np.ndarray, *, frames: int, most: int) -> list[np.ndarray]:
@@ -244,12 +245,6 @@ def _split(part: np.ndarray, extents: np.ndarray, weight: np.ndarray, frames: in
         if whole - cost[at] > best[0]:
             best = (float(whole - cost[at]), order[: cuts[at]], order[cuts[at] :])
     return best
-
-
-def require_batch(rows: int, frames: int, name: str) -> None:
-    """Raises InputError where there are too few rows for one batch."""
-    if rows < frames:
-        raise errors.InputError(f"{name}: {rows} rows of frames do not fill a batch of {frames}; lower data.frames")
 
 
 def _padding(buckets: Sequence[Bucket], turns: Sequence[int]) -> dict[str, float]:

@@ -33,8 +33,12 @@ class Stored(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """None: an image has no name of its own here."""
-        return ""
+        """What its file would end in."""
+        return ".png" if self.read_bytes().startswith(b"\x89PNG") else ".jpg"
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        """Its file, to be read as bytes."""
+        return io.BytesIO(self.read_bytes())
 
     def read_bytes(self) -> bytes:
         """The bytes of its file."""

@@ -120,7 +120,7 @@ def split(frames: Iterable[Frame], name: str, *, dev_sequences: Iterable[str] = 
 
 def content_overlaps(frames_a: Iterable[Frame], frames_b: Iterable[Frame]) -> list[tuple[str, str]]:
     """Ids (of a, of b) of all pairs whose image files are equal byte for byte."""
-    sized_a, sized_b = ([(frame.image.stat().st_size, frame) for frame in side] for side in (frames_a, frames_b))
+    sized_a, sized_b = ([(_size(frame.image), frame) for frame in side] for side in (frames_a, frames_b))
     # Files of a size that only one side has need no hash, and image sizes hardly ever agree.
     shared = {size for size, _ in sized_a} & {size for size, _ in sized_b}
     ids_a: dict[str, list[str]] = {}
@@ -270,6 +270,11 @@ def _find_image(stem: Path, inside: Path, source: str) -> Path:
     raise Refused(source, f"its image {stem}.png (or .jpg) is missing")
 
 
-def _sha256(file: Path) -> str:
+def _size(image: Path | prepared.Stored) -> int:
+    """Bytes of an image's file."""
+    return image.stat().st_size if isinstance(image, Path) else len(image.read_bytes())
+
+
+def _sha256(file: Path | prepared.Stored) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

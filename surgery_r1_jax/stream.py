@@ -16,12 +16,12 @@ import grain
 
 from surgery_r1_jax import batch, errors, options
 from surgery_r1_jax.batch import Shape
-from surgery_r1_jax.plan import Plan, Row, require_batch
+from surgery_r1_jax.plan import Plan, Row
 
 ENDLESS = 1 << 52  # rows; more batches of one frame Grain cannot count
 AHEAD = 2  # batches that are placed before they are asked for
 LOOK_S = 0.5  # seconds between looks at the worker processes while none gives anything
-CLOSE_S = 5.0  # seconds that a thread is given to end
+CLOSE_S = 3.0  # seconds that a thread is given to end
 
 Example = Callable[[Row, Shape, int], Any]  # of a row, its bucket's shape and its place in the stream
 
@@ -71,16 +71,19 @@ class Stream:
     """The batches of a plan: each epoch has every row of a source's bucket once, in an order of its own."""
 
     def __init__(self, plan: Plan, example: Example, settings: options.Data, seed: int, shard: Shard = Shard()):
-        require_batch(plan.rows, settings.frames, settings.name)
+        if plan.rows < plan.frames:
+            raise errors.InputError(
+                f"{settings.name}: {plan.rows} rows of frames do not fill a batch of {plan.frames}; lower data.frames"
+            )
         self.plan, self._settings = plan, settings
         self._turns = Turns(tuple(sum(bucket.turns) for bucket in plan.buckets))
-        lists = [_lists(bucket, settings.frames, seed + 64 * number) for number, bucket in enumerate(plan.buckets)]
-        part = shard.part(settings)
+        lists = [_lists(bucket, plan.frames, seed + 64 * number) for number, bucket in enumerate(plan.buckets)]
+        part, frames = shard.part(settings), plan.frames
 
         def make(number: int, drawn: tuple[Shape, list[Row]]):
             shape, rows = drawn
-            first = number * settings.frames + part.start
-            return batch.stack([example(row, shape, first + i) for i, row in enumerate(rows[part])])
+            places = range(number * frames, (number + 1) * frames)
+            return batch.stack([example(row, shape, at) for row, at in zip(rows[part], places[part], strict=True)])
 
         self._batches = grain.MapDataset.select_from_datasets(lists, self._turns).map_with_index(make)
 
@@ -139,18 +142,17 @@ class Ahead:
         return self
 
     def __next__(self):
-        while True:
+        while not self._closing.is_set():
             try:
                 item, problem = self._ready.get(timeout=LOOK_S)
             except queue.Empty:
-                if self._closing.is_set():
-                    raise StopIteration from None
-                item, problem = None, self._ended_worker()
-            if problem is not None:
-                self.close()
-                raise self._explained(problem)
-            if item is not None:
+                if (problem := self._ended_worker()) is None:
+                    continue
+            if problem is None:
                 return item
+            self.close()
+            raise self._explained(problem)
+        raise StopIteration
 
     def close(self) -> None:
         """End the thread and the worker processes."""
@@ -158,7 +160,12 @@ class Ahead:
             return
         self._closing.set()
         self._thread.join(CLOSE_S)  # it may be at work on a batch
-        self._source.close()
+        closing = threading.Thread(target=self._source.close, name="closing", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():  # for ever, where a worker has ended in peace
+            for worker in self._workers:
+                worker.terminate()
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:

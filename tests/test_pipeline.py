@@ -1,13 +1,16 @@
 """pipeline.py: every question counted once, the same stream for any number of processes, and back to any position."""
 
 import dataclasses
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from surgery_r1_jax import (
     answer,
@@ -15,6 +18,7 @@ from surgery_r1_jax import (
     hf,
     options,
     pipeline,
+    prepared,
     reasoning,
     records,
     synth,
@@ -165,6 +169,159 @@ def test_a_batch_that_processes_cannot_share_is_refused(encoder, frames):
     ):
         with pytest.raises(InputError, match=r"data\.frames 4 cannot be shared out over 3 processes"):
             make(Shard(0, 3))
+
+
+# Several sources, epochs, state
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two data sets in one configuration, of 24 and 12 frames."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, count in (("one", 24), ("two", 12)):
+        synth.write(folder / name, frames=count, seed=count, size=(84, 56), max_tools=3, sequences=("seq_2",))
+    sources = options.Source(root=str(folder / "one"), weight=2.0), options.Source(root=str(folder / "two"))
+    return options.Data(mix=sources, frames=2, questions=3, buckets=3)
+
+
+def streams(encoder, data, **more):
+    data = data.model_copy(update=more)
+    frames = pipeline.read(data)
+    return [
+        pipeline.training(frames, encoder, data, options.Targets(reasoning=0.5, box_slack=0.4), seed=1),
+        pipeline.rollouts(frames, encoder, data, seed=1),
+    ]
+
+
+def test_a_mixture_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, mixed):
+    for stream in streams(encoder, mixed):
+        steps = int(2.5 * stream.plan.rows / 2)
+        assert steps > 50 and len(stream.shapes) > 1
+        whole = take(stream, steps + 2)
+        for taken in range(steps + 1):
+            assert_same(take(stream, 2, taken), whole[taken : taken + 2])
+
+
+def test_worker_processes_change_nothing_wherever_they_start(encoder, mixed):
+    alone, _ = streams(encoder, mixed)
+    helped, _ = streams(encoder, mixed, workers=2)
+    for taken in (0, 57):
+        assert_same(take(helped, 5, taken), [alone[taken + i] for i in range(5)])
+
+
+def test_a_mixture_draws_by_weight_and_each_source_has_its_epochs(encoder, mixed):
+    frames = pipeline.read(mixed)
+    assert [frame.source for frame in frames] == [0] * 24 + [1] * 12
+    stream = pipeline.rollouts(frames, encoder, mixed, seed=1)
+    number, rows = 600, plan_rows(frames, 3, 1)
+    seen = Counter(rows_asked(stream[i] for i in range(number)))
+    shares = [sum(n for row, n in seen.items() if frames[row.frame].source == source) for source in (0, 1)]
+    assert shares[0] / sum(shares) == pytest.approx(2 / 3, abs=0.01)
+    for source in (0, 1):
+        counts = [seen[row] for row in rows if frames[row.frame].source == source]
+        assert min(counts) > 0 and max(counts) - min(counts) <= 2
+
+
+def test_sources_with_other_answers_or_without_frames_are_refused(encoder, mixed, tmp_path):
+    synth.write(tmp_path / "own", frames=2, seed=0, size=(84, 56), max_tools=1, sequences=("seq_2",))
+    (tmp_path / "own" / "data.json").write_text(json.dumps({"classes": [*vocabulary.CLASSES, "other"]}))
+    other = mixed.model_copy(update=dict(mix=(*mixed.mix, options.Source(root=str(tmp_path / "own")))))
+    with pytest.raises(InputError, match=r"own: its answers are not those of .*one \(19, 18\)"):
+        pipeline.read(other)
+    synth.write(tmp_path / "val", frames=2, seed=0, size=(84, 56), max_tools=1, sequences=("seq_1",))
+    empty = mixed.model_copy(update=dict(mix=(*mixed.mix, options.Source(root=str(tmp_path / "val")))))
+    with pytest.raises(InputError, match=r"val: no frames in split train; take it out of data\.mix"):
+        pipeline.rollouts(pipeline.read(empty), encoder, empty, seed=0)
+
+
+def test_epochs_are_worked_out_as_steps(frames):
+    rows = len(plan_rows(frames, 3))
+    for epochs in (0.01, 1, 2.5):
+        found = pipeline.steps(frames, config(), options.Schedule(epochs=epochs))
+        assert (found.steps, found.epochs) == (max(1, round(epochs * rows / 4)), None)
+    assert pipeline.steps(frames, config(), options.Schedule(steps=7)).steps == 7
+    assert options.Schedule().steps == 1000
+    with pytest.raises(ValueError, match=r"steps 7 and epochs 2\.5 are both given; take one out"):
+        options.Schedule(steps=7, epochs=2.5)
+
+
+def test_the_fingerprint_tells_any_change_of_the_configuration(encoder, mixed):
+    frames = pipeline.read(mixed)
+
+    def of(seed=1, targets=options.Targets(), **more):  # noqa: B008
+        stream = pipeline.training(frames, encoder, mixed.model_copy(update=more), targets, seed=seed)
+        return pipeline.fingerprint(frames, seed, stream.plan, targets)
+
+    heavier = (mixed.mix[0].model_copy(update=dict(weight=3.0)), mixed.mix[1])
+    changed = [
+        of(),
+        of(seed=2),
+        of(targets=options.Targets(reasoning=0.5)),
+        of(frames=1),
+        of(questions=2),
+        of(buckets=1),
+        of(mix=heavier),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert of(workers=2, threads=5, cache=0.0) == changed[0], "how batches are made is not what they are"
+
+
+def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_still_fits(encoder, frames):
+    def shifted(frame, picture, rng):
+        shift = int(rng.integers(1, 20))
+        seen.setdefault(frame.id, set()).add(shift)
+        if frame.id == frames[0].id:  # grows too long
+            return dataclasses.replace(
+                frame, records=(dataclasses.replace(frame.records[0], think="so " * 99),) * 9
+            ), picture
+        return frame, Image.fromarray(np.roll(np.asarray(picture), shift, 1))
+
+    seen = {}
+    make = lambda augment: pipeline.training(  # noqa: E731
+        frames, encoder, config(), options.Targets(), seed=1, augment=augment
+    )
+    plain, moved = make(None), make(shifted)
+    one, again, bare = take(moved, 9), take(make(shifted), 4, taken=5), take(plain, 9)
+    assert_same(again, one[5:])
+    assert all(len(shifts) > 1 for shifts in seen.values()), "another shift at another place"
+    first = next(iter(frames[0].records)).question
+    assert first
+    same = [
+        np.array_equal(a.patches_BWSC[b], c.patches_BWSC[b]) for a, c in zip(one, bare, strict=True) for b in range(4)
+    ]
+    assert 0 < sum(same) < len(same) / 3
+    assert moved.shapes[0].lane_tokens > plain.shapes[0].lane_tokens
+
+
+def test_what_tensorflow_datasets_prepared_gives_the_batches_of_its_source(encoder, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    import surgery_r1_jax.surgery_vqla  # noqa: F401 - makes the name known
+
+    root = toy.write_data(tmp_path / "manual" / "EndoVis-18-VQLA", frames=6)
+    builder = tfds.builder("surgery_vqla/endovis18", data_dir=tmp_path / "prepared")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=tmp_path / "manual"))
+    both = []
+    for place in (root, tmp_path / "prepared", builder.data_dir):
+        data = config(root=str(place), frames=2)
+        found = pipeline.read(data)
+        both.append(take(pipeline.training(found, encoder, data, options.Targets(), seed=1), 4))
+    assert_same(both[1], both[0])
+    assert_same(both[2], both[0])
+    assert [frame.id for frame in found] == [frame.id for frame in pipeline.read(config(root=str(root)))]
+    assert pipeline.fingerprint(found) != pipeline.fingerprint(found[1:])
+    shard = next(Path(builder.data_dir).glob("*train*array_record*"))
+    shard.rename(shard.with_name("gone"))
+    prepared._shards.cache_clear()
+    with pytest.raises(InputError, match="0 of the shards of split train are here; prepare it anew"):
+        pipeline.read(data)
+    (tmp_path / "prepared" / "other").mkdir()
+    for name in ("surgery_vqla/custom/1.0.0", "surgery_vqla/endovis18/2.0.0"):
+        (tmp_path / "prepared" / name).mkdir(parents=True)
+        (tmp_path / "prepared" / name / "dataset_info.json").write_text('{"name": "other"}')
+    with pytest.raises(InputError, match=r"holds 3 prepared data sets; give one of surgery_vqla/custom/1\.0\.0, "):
+        pipeline.read(config(root=str(tmp_path / "prepared")))
+    with pytest.raises(InputError, match=r"metadata\.json: cannot be read"):
+        pipeline.read(config(root=str(tmp_path / "prepared" / "surgery_vqla" / "custom")))
 
 
 # What is read
