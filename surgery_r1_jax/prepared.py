@@ -134,11 +134,17 @@ def _frame(example: bytes, image: Stored, classes: tuple[str, ...]) -> Frame:
     """Raises: InputError for an image that is none."""
     found = _decoded(example)
     told = found["records"]
+    try:
+        width, height = image_size(io.BytesIO(found["image"]), str(image))
+    except Refused as refusal:
+        raise InputError(f"{refusal.problem}; prepare the data set anew") from None
     records = tuple(
         Record(
             question=told["question"][i].decode(),
             answer=told["answer"][i].decode(),
-            box=tuple(float(told["bbox"][i][edge]) for edge in (1, 0, 3, 2)),
+            box=tuple(
+                _edge(told["bbox"][i][edge], side) for edge, side in zip((1, 0, 3, 2), (width, height) * 2, strict=True)
+            ),
             kind=int(told["kind"][i]),
             tool=told["instrument"][i].decode() or None,
             source=f"{image}:{i + 1}",
@@ -148,8 +154,11 @@ def _frame(example: bytes, image: Stored, classes: tuple[str, ...]) -> Frame:
         )
         for i in range(len(told["question"]))
     )
-    try:
-        size = image_size(io.BytesIO(found["image"]), str(image))
-    except Refused as refusal:
-        raise InputError(f"{refusal.problem}; prepare the data set anew") from None
-    return Frame(found["id"].decode(), found["sequence"].decode(), image, *size, records, image.split, classes)
+    name, sequence = found["id"].decode(), found["sequence"].decode()
+    return Frame(name, sequence, image, width, height, records, image.split, classes)
+
+
+def _edge(stored: float, side: int) -> float:
+    """A box's edge in [0, 1]; float32 is what is stored, and what was a whole pixel is one again."""
+    pixels = round(float(stored) * side)
+    return pixels / side if abs(pixels - float(stored) * side) < 1e-3 else float(stored)
