@@ -28,6 +28,7 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    places,
     records,
     run,
     sharding,
@@ -56,7 +57,7 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     kind = "GRPO" if isinstance(settings, options.GRPO) else "SFT"
     print(f"{name}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
     folder = checkpoint.folder_of(settings.model)
-    _require(folder, Path(settings.data.root))
+    _require(folder, places.fetched(settings.data.root))
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
     encoder = hf.encoder_of(folder, architecture)
 
@@ -204,7 +205,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
         )
     if not any(settings.optimizer.rates.model_dump().values()):
         yield "optimizer.rates are all 0: nothing is trained"
-    if not any(folder.glob("*.safetensors")) and folder == Path(settings.model):
+    if not any(folder.glob("*.safetensors")) and folder == checkpoint.here(settings.model):
         yield f"{folder} has no safetensors weights yet"
     for device in jax.devices()[:1]:
         limit = (device.memory_stats() or {}).get("bytes_limit")

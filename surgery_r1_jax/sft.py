@@ -19,6 +19,7 @@ from surgery_r1_jax import (
     optim,
     options,
     pipeline,
+    places,
     run,
     scoring,
     sharding,
@@ -65,7 +66,7 @@ def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT)
 
 def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    out, plan = Path(out), settings.schedule
+    out, plan = places.run_folder(out), settings.schedule
     frames = pipeline.read(settings.data)
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
@@ -116,6 +117,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
                 scores = dev.score(step, state.params, journal)
             if stopping or step == plan.steps or step % plan.save_every == 0:
                 run.check_sound(step, stats, plan)
+                journal.keep()
                 saved.save(step, state, data, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
