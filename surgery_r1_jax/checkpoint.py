@@ -53,7 +53,7 @@ class Checkpoints:
     """The checkpoints of one run folder; the two latest are kept."""
 
     def __init__(self, out: Path):
-        self._manager = _manager(places.run_folder(out) / "checkpoints", keep=2)
+        self._manager = _manager(places.place(out) / "checkpoints", keep=2)
 
     def latest(self) -> int | None:
         """Number of the last whole checkpoint."""
@@ -108,7 +108,7 @@ class Best:
         # Weights are noise to a compressor: it takes longer than the disk.
         handlers = {"params": ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, use_compression=False)}
         by_rate = dict(best_fn=lambda metrics: metrics["joint_rate"], item_handlers=handlers)
-        self._manager = _manager(places.run_folder(out) / "best", keep=1, **by_rate)
+        self._manager = _manager(places.place(out) / "best", keep=1, **by_rate)
 
     @property
     def rate(self) -> float:
@@ -178,7 +178,7 @@ class Loaded(NamedTuple):
 
 def last_step(out: Path) -> int | None:
     """The step of a run's last whole checkpoint, if there is one."""
-    return max(_steps(places.place(out) / "checkpoints"), default=None)
+    return max(_steps(places.run_folder(out) / "checkpoints"), default=None)
 
 
 def here(path: str | Path) -> Path:

@@ -201,7 +201,7 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    out = places.place(out)
+    out = places.reached(out)
     out = out.with_suffix("") if out.suffix == ".json" else out
     targets = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
     for file in targets:  # before the work, not after it

@@ -44,7 +44,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
     One for a bucket is filled on this disk and put there. Raises: InputError where `out` holds files already.
     """
-    out = places.place(out)
+    out = places.reached(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: already exists and is not an empty folder; give a new one")
     if places.remote(out):

@@ -56,12 +56,20 @@ def place(path: str | os.PathLike) -> Path:
     return epath.Path(path)
 
 
-def run_folder(path: str | os.PathLike) -> Path:
-    """The place of a run's checkpoints. Raises: InputError for a bucket that Orbax does not write to."""
+def reached(path: str | os.PathLike) -> Path:
+    """A place, whose bucket answers. Raises: InputError."""
     path = place(path)
+    if remote(path):
+        with _told(path):
+            _system(path).exists(os.fspath(path))
+    return path
+
+
+def run_folder(path: str | os.PathLike) -> Path:
+    """The place of a run, reached. Raises: InputError also for a bucket that Orbax does not write to."""
     if remote(path) and not is_gs(path):
         raise InputError(f"{path}: checkpoints are written to gs:// and to disks only; choose one, and copy them later")
-    return path
+    return reached(path)
 
 
 def is_gs(path: str | os.PathLike) -> bool:
@@ -92,7 +100,7 @@ def fetched(path: str | os.PathLike) -> Path:
     with _told(path):
         there = _objects(path)
         if not there:
-            raise InputError(f"{printable(path)}: no such file or folder on the bucket; check the path")
+            raise FileNotFoundError
         notes = copy.with_name(copy.name + ".fetched.json")
         known = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
         _drop_others(copy, there)
@@ -254,6 +262,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{printable(path)}: no such file or folder on the bucket; check the path") from None
     except Exception as problem:  # of many kinds: of the network, of rights, of credentials
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
