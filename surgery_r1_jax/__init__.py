@@ -2,8 +2,9 @@
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
-    labels, answers, words   errors files folders config options vocabulary labels archives codec answer
-                             frames prepared recordfile records location floors images likeness leaks spaces
+    labels, answers, words   errors places files folders config options vocabulary labels archives codec
+                             answer frames prepared recordfile records location floors images likeness leaks
+                             spaces
                              surgery_vqla reasoning traces claims tracecheck labellist teacher build
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         appearance augment chat tiny grid batch examples lengths check plan stream

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
+from surgery_r1_jax import places
 from surgery_r1_jax.errors import InputError
 
 
@@ -80,6 +82,13 @@ def byte_count(text: str) -> int:
     if not (number.isdecimal() and len(number) < 16 and int(number) > 0 and unit.removesuffix("i") in units):
         raise argparse.ArgumentTypeError(f"expected a size as in 500MB or 2GB, given '{text}'")
     return int(number) * (1024 if unit.endswith("i") else 1000) ** units[unit.removesuffix("i")]
+
+
+def on_disk(text: str) -> Path:
+    """Reads the path of a file or folder on this machine."""
+    if places.remote(text):
+        raise argparse.ArgumentTypeError(f"expected a path on this machine, given '{text}'")
+    return places.place(text)
 
 
 def pixels(text: str) -> tuple[int, int]:

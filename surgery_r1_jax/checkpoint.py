@@ -10,8 +10,6 @@ Orbax writes beside the target and renames, so a killed save leaves no step that
 import functools
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from surgery_r1_jax import (
     optim,
     options,
     peft,
+    places,
     sharding,
     tensors,
 )
@@ -53,7 +52,7 @@ class Checkpoints:
     """The checkpoints of one run folder; the two latest are kept."""
 
     def __init__(self, out: Path):
-        self._manager = _manager(Path(out) / "checkpoints", keep=2)
+        self._manager = _manager(places.place(out) / "checkpoints", keep=2)
 
     def latest(self) -> int | None:
         """Number of the last whole checkpoint."""
@@ -102,7 +101,7 @@ class Best:
         # Weights are noise to a compressor: it takes longer than the disk.
         handlers = {"params": ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, use_compression=False)}
         by_rate = dict(best_fn=lambda metrics: metrics["joint_rate"], item_handlers=handlers)
-        self._manager = _manager(Path(out) / "best", keep=1, **by_rate)
+        self._manager = _manager(places.place(out) / "best", keep=1, **by_rate)
 
     @property
     def rate(self) -> float:
@@ -170,14 +169,25 @@ class Loaded(NamedTuple):
     classes: tuple[str, ...] | None = None  # the answers it was trained on, where its folder does not say
 
 
+def last_step(out: Path) -> int | None:
+    """The step of a run's last whole checkpoint, if there is one."""
+    return max(_steps(places.run_folder(out) / "checkpoints"), default=None)
+
+
+def here(path: str | Path) -> Path:
+    """A model's folder; of a bucket a copy on this disk, but for a run folder on gs://, which Orbax reads there."""
+    path = places.place(path)
+    return path if places.is_gs(path) and _is_run(path) else places.fetched(path)
+
+
 def folder_of(path: str | Path, above: tuple[Path, ...] = ()) -> Path:
     """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie.
 
     Raises: InputError for an adapter whose base is not here, or is one of those `above` it.
     """
-    path, inside = Path(path), Path(path) / "model"
-    if (inside / "config.json").is_file():
-        return inside
+    path = here(path)
+    if _is_run(path):
+        return places.fetched(path / "model")
     return folder_of(peft.base_of(path), _below(above, path)) if peft.holds(path) else path
 
 
@@ -193,11 +203,11 @@ def load_model(
 
     Adapters are merged into their base. Raises: InputError, also where the base is no longer what it was.
     """
-    path, folder = Path(path), folder_of(path)
+    path, folder = here(path), folder_of(path)
     settings = hf.read_config(folder)
     if found := adapters_of(path, settings, mesh, which):
         base, adapters = found
-        if not os.path.isdir(base.path):
+        if not places.place(base.path).is_dir():
             raise errors.InputError(f"{path / 'model' / BASE}: its base {base.path} is not here; write where it is")
         below = load_model(base.path, mesh, dtype=dtype, above=_below(above, path))
         known = identity(below)
@@ -217,7 +227,8 @@ def adapters_of(
     path: str | Path, settings: model.Config, mesh: jax.sharding.Mesh | None = None, which: str = "best"
 ) -> tuple[Base, dict] | None:
     """The adapters in a run folder or in one of peft's, and their base; None where a whole model is."""
-    path, base = Path(path), Base.of(Path(path))
+    path = here(path)
+    base = Base.of(path)
     if base is not None:
         _, abstract = lora.build(settings, options.Compute(), base.lora)
         shardings = None if mesh is None else lora.split(sharding.of_params(abstract, mesh))[0]
@@ -243,7 +254,7 @@ def export(
     Adapters become an adapter's folder of peft, or with `merge` a whole model. Raises: InputError where there is
     nothing to merge.
     """
-    source, out, folder = Path(source), Path(out), folder_of(source)
+    source, out, folder = here(source), places.place(out), folder_of(source)
     settings = hf.read_config(folder)
     card = functools.partial(modelcard.text, out.name, families.of(settings).title, source)
     found = adapters_of(source, settings, which=which)
@@ -251,7 +262,7 @@ def export(
         raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")
     if found and not merge:
         base, adapters = found
-        if not (Path(base.path) / "config.json").is_file():
+        if not (places.place(base.path) / "config.json").is_file():
             raise errors.InputError(
                 f"{source}: its adapters correct {base.path}, which is no Hugging Face folder; export with --merge"
             )
@@ -271,7 +282,7 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     Its config.json comes last: without it the folder is no model. Raises: InputError where `out` holds anything but an
     import that was stopped, which is begun anew.
     """
-    source, out = Path(source), Path(out)
+    source, out = places.fetched(source), places.run_folder(out)
     if peft.holds(source):
         raise errors.InputError(f"{source}: holds adapters; export it with --merge first, and import that")
     settings, mesh = hf.read_config(source), sharding.make_mesh()
@@ -280,7 +291,7 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     if (out / "model" / "config.json").exists() or held - {"best", "model"} or out.is_file():
         raise errors.InputError(f"{out}: already exists; give a new folder")
     if jax.process_index() == 0:
-        shutil.rmtree(out / "best", ignore_errors=True)
+        places.remove(out / "best")
     shardings = sharding.of_params(model.build(settings)[1], mesh)
     params = hf.read_params(source, settings, shardings, dtype=dtype, tell=tell)
     best = Best(out, at_once=_gigabytes(params))
@@ -331,7 +342,7 @@ def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.C
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False, best_fn=best_fn
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=item_handlers)
+    return ocp.CheckpointManager(places.absolute(folder), options=options, item_handlers=item_handlers)
 
 
 def _gigabytes(tree) -> int:
@@ -376,7 +387,7 @@ def _pick(folder: Path, wanted: dict) -> dict:
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes(wanted))) as checkpointer:
-        found = checkpointer.restore(folder.absolute(), args=how)
+        found = checkpointer.restore(places.absolute(folder), args=how)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         if not isinstance(leaf, jax.Array):
             raise errors.InputError(f"{folder}: parameter {jax.tree_util.keystr(path)} is missing from this checkpoint")
@@ -384,4 +395,9 @@ def _pick(folder: Path, wanted: dict) -> dict:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    """Numbers of the whole checkpoints."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "model" / "config.json").is_file()

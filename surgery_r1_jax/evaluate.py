@@ -30,6 +30,7 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    places,
     plan,
     records,
     sampling,
@@ -206,7 +207,8 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    out = Path(out).with_suffix("") if Path(out).suffix == ".json" else Path(out)
+    out = places.reached(out)
+    out = out.with_suffix("") if out.suffix == ".json" else out
     targets = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
     for file in targets:  # before the work, not after it
         if file.is_dir():

@@ -28,6 +28,7 @@ from surgery_r1_jax import (
     optim,
     options,
     pipeline,
+    places,
     rewards,
     run,
     sampling,
@@ -196,7 +197,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     frames = pipeline.read(settings.data)
     settings = run.scheduled(settings, frames)
-    out, plan = Path(out), settings.schedule
+    out, plan = places.run_folder(out), settings.schedule
     rewards.require_places(settings.reward, frames[0].classes)
     held_against = settings.objective.beta > 0
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes, reference=held_against)
@@ -261,6 +262,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
                 scores = dev.score(step, state.params, journal)
             run.check_sound(step, stats, plan)
             if stopping or step == plan.steps or step % plan.save_every == 0:
+                journal.keep()
                 saved.save(step, state, {"data": data_hash, "reference": reference_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")

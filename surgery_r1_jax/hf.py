@@ -8,7 +8,6 @@ remote code.
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from surgery_r1_jax import (
     images,
     model,
     placement,
+    places,
     tensors,
     vision,
     vocabulary,
@@ -72,7 +72,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """Say in a model's folder which answers it is trained on."""
-    files.write_json(Path(folder) / CLASSES, classes)
+    files.write_json(places.place(folder) / CLASSES, classes)
 
 
 def read_config(folder: Path) -> model.Config:
@@ -211,14 +211,14 @@ def write_parameters(
         copy_side_files(Path(source), part, dtype=dtype)
         if card is not None:
             (part / "README.md").write_text(card, "utf-8")
-    return Path(out)
+    return out
 
 
 def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> None:
     """Copy configuration, tokenizer and preprocessor files; the config's dtype follows the weights'."""
     for name in SIDE_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            places.put(source / name, out / name)
     if dtype is not None:
         config = json.loads((out / "config.json").read_text("utf-8"))
         key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers' spelling before and since 4.56

@@ -93,6 +93,19 @@ def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options
     return settings.model_copy(update={"schedule": pipeline.steps(frames, settings.data, settings.schedule)})
 
 
+def take_up(out: Path) -> int | None:
+    """The step of a run's last checkpoint, to go on from; None where the run is to be begun.
+
+    Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
+    """
+    step = checkpoint.last_step(out)
+    if step is None and jax.process_index() == 0:
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
+    return step
+
+
 def sum_over_parts(function, batch, parts: int, add=None):
     """The sum of `function(group, number)` over `parts` equal groups of frames, one on the device at a time.
 

@@ -19,6 +19,7 @@ from surgery_r1_jax import (
     optim,
     options,
     pipeline,
+    places,
     run,
     scoring,
     sharding,
@@ -67,7 +68,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
     frames = pipeline.read(settings.data)
     settings = run.scheduled(settings, frames)
-    out, plan = Path(out), settings.schedule
+    out, plan = places.run_folder(out), settings.schedule
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
 
@@ -118,6 +119,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
                 scores = dev.score(step, state.params, journal)
             if stopping or step == plan.steps or step % plan.save_every == 0:
                 run.check_sound(step, stats, plan)
+                journal.keep()
                 saved.save(step, state, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")

@@ -178,6 +178,18 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
         sft.train(sft_settings(place), tmp_path, resume=True)
 
 
+def test_a_run_is_taken_up_at_its_last_checkpoint_and_without_one_begun_anew(sft_run, tmp_path):
+    before = lines(sft_run)
+    assert run.take_up(sft_run) == STEPS and lines(sft_run) == before
+    assert run.take_up(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+    with log.RunLog(tmp_path, total_steps=9) as killed:
+        killed.metrics(1, {"loss": 1.0})
+        killed.table(1, [{"completion": "lost"}])
+    assert run.take_up(tmp_path) is None
+    with log.RunLog(tmp_path, total_steps=9):  # as of a new run
+        assert not (tmp_path / "metrics.jsonl").read_bytes() + (tmp_path / "completions.jsonl").read_bytes()
+
+
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
     rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
     monkeypatch.setattr(evaluate, "score", lambda *_: {"joint_rate": next(rates)})
