@@ -13,7 +13,7 @@ Reading order; a module imports only modules before it. README.md says of each w
     files and state          tensors hf peft fresh optim packed modelcard checkpoint log
     programs                 evaluate conversations run sft grpo
     for people               pictures charts cards report data_page memory doctor survey ask demo
-                             arguments handlers cli
+                             arguments hosts handlers cli
 
 The name of an array ends in its axes, `box_BJ4`: one letter each, a digit is literal.
 

@@ -8,6 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
+from surgery_r1_jax import hosts
 from surgery_r1_jax.errors import InputError
 
 
@@ -20,6 +21,13 @@ def start_devices() -> None:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
+
+
+def start_together(args: argparse.Namespace) -> None:
+    """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
+    place = hosts.find(args.coordinator, args.processes, args.process)
+    start_devices()
+    hosts.join(place, args.join_timeout)
 
 
 def demo(args: argparse.Namespace) -> int | None:
@@ -111,10 +119,10 @@ def sft(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-    start_devices()
-    from surgery_r1_jax import sft
+    start_together(args)
+    from surgery_r1_jax import run, sft
 
-    sft.train(settings, args.out, resume=args.resume)
+    sft.train(settings, args.out, resume=run.goes_on(args.out, args.resume))
 
 
 def grpo(args: argparse.Namespace) -> None:
@@ -122,15 +130,15 @@ def grpo(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.GRPO, args.config, args.overrides)
-    start_devices()
-    from surgery_r1_jax import grpo
+    start_together(args)
+    from surgery_r1_jax import grpo, run
 
-    grpo.train(settings, args.out, resume=args.resume)
+    grpo.train(settings, args.out, resume=run.goes_on(args.out, args.resume))
 
 
 def evaluate(args: argparse.Namespace) -> int | None:
     """`evaluate`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import evaluate
 
     return evaluate.run(
@@ -160,7 +168,7 @@ def export(args: argparse.Namespace) -> None:
 
 def import_folder(args: argparse.Namespace) -> None:
     """`import`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import checkpoint, log
 
     with log.byte_bar("importing") as tell:
