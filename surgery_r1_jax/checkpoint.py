@@ -99,11 +99,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def begun(out: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    return bool(_steps(out / "checkpoints"))
-
-
 class Best:
     """Parameters of the best step so far, by the joint rate on the dev split.
 

@@ -88,8 +88,7 @@ def commands() -> dict[str, Parser]:
         """The arguments of a training program."""
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
         add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
-        about = "go on from the last checkpoint in --out; auto: start anew where there is none yet (default: off)"
-        add("--resume", nargs="?", const="on", choices=("on", "auto"), help=about)
+        add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
         together(add)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")

@@ -120,9 +120,9 @@ def sft(args: argparse.Namespace) -> None:
 
     settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
     start_together(args)
-    from surgery_r1_jax import run, sft
+    from surgery_r1_jax import sft
 
-    sft.train(settings, args.out, resume=run.goes_on(args.out, args.resume))
+    sft.train(settings, args.out, resume=args.resume)
 
 
 def grpo(args: argparse.Namespace) -> None:
@@ -131,9 +131,9 @@ def grpo(args: argparse.Namespace) -> None:
 
     settings = config.load(options.GRPO, args.config, args.overrides)
     start_together(args)
-    from surgery_r1_jax import grpo, run
+    from surgery_r1_jax import grpo
 
-    grpo.train(settings, args.out, resume=run.goes_on(args.out, args.resume))
+    grpo.train(settings, args.out, resume=args.resume)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

@@ -267,12 +267,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def remove(directory: Path) -> None:
-    """Remove a run's log, if there is one."""
-    for name in ("metrics", "completions", "sessions"):
-        (directory / f"{name}.jsonl").unlink(missing_ok=True)
-
-
 def _truncate(path: Path, last_step: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Drop the lines of later steps and a half line at the end; the lines (kept, dropped)."""
     if not path.exists():

@@ -41,24 +41,6 @@ class Setup(NamedTuple):
     start: str | None  # identity of the model that the run started from, where it must be known again
 
 
-def goes_on(out: Path, resume: str | None) -> bool:
-    """Whether to resume: as told, or with "auto" where there is a checkpoint.
-
-    Without one, what a run left that ended before its first checkpoint goes: the run begins anew.
-    """
-    if resume == "auto" and not checkpoint.begun(out):
-        if jax.process_index() == 0:
-            log.remove(out)
-        together("begun anew")
-        return False
-    return resume is not None
-
-
-def together(place: str) -> None:
-    """Wait until all processes are here."""
-    multihost_utils.sync_global_devices(place)
-
-
 def prepare(
     out: Path,
     settings: options.SFT | options.GRPO,
@@ -75,7 +57,7 @@ def prepare(
     """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
-    together("looked")  # else the first has begun the log before the last has looked
+    multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
     kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
