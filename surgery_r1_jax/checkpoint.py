@@ -177,6 +177,11 @@ class Loaded(NamedTuple):
     classes: tuple[str, ...] | None = None  # the answers it was trained on, where its folder does not say
 
 
+def last_step(out: Path) -> int | None:
+    """The step of a run's last whole checkpoint, if there is one."""
+    return max(_steps(Path(out) / "checkpoints"), default=None)
+
+
 def folder_of(path: str | Path, above: tuple[Path, ...] = ()) -> Path:
     """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie.
 

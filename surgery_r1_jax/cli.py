@@ -88,7 +88,8 @@ def commands() -> dict[str, Parser]:
         """The arguments of a training program."""
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
         add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
-        add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
+        about = "go on from the last checkpoint in --out; with 'auto' begin where there is none yet (default: off)"
+        add("--resume", nargs="?", choices=("auto",), const=True, default=False, metavar="auto", help=about)
         together(add)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")

@@ -6,6 +6,7 @@ status, or None for 0.
 
 import argparse
 import os
+import types
 from pathlib import Path
 
 from surgery_r1_jax import hosts
@@ -122,7 +123,7 @@ def sft(args: argparse.Namespace) -> None:
     start_together(args)
     from surgery_r1_jax import sft
 
-    sft.train(settings, args.out, resume=args.resume)
+    _train(sft, settings, args)
 
 
 def grpo(args: argparse.Namespace) -> None:
@@ -133,7 +134,21 @@ def grpo(args: argparse.Namespace) -> None:
     start_together(args)
     from surgery_r1_jax import grpo
 
-    grpo.train(settings, args.out, resume=args.resume)
+    _train(grpo, settings, args)
+
+
+def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> None:
+    """Begin a run or go on with it; with `--resume auto` whichever it is, and nothing where all steps are done."""
+    resume = args.resume
+    if resume == "auto":
+        from surgery_r1_jax import run
+
+        step = run.take_up(args.out)
+        if step is not None and step >= settings.schedule.steps:
+            print(f"{args.out}: all of its {step} steps are done")
+            return
+        resume = step is not None
+    program.train(settings, args.out, resume=resume)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

@@ -87,6 +87,19 @@ def prepare(
     return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
 
 
+def take_up(out: Path) -> int | None:
+    """The step of a run's last checkpoint, to go on from; None where the run is to be begun.
+
+    Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
+    """
+    step = checkpoint.last_step(out)
+    if step is None and jax.process_index() == 0:
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
+    return step
+
+
 def sum_over_parts(function, batch, parts: int, add=None):
     """The sum of `function(group, number)` over `parts` equal groups of frames, one on the device at a time.
 

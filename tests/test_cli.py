@@ -32,6 +32,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "checkpoint.export": Path("h"),
     "checkpoint.import_folder": Path("k"),
     "ask.run": 0,
+    "run.take_up": None,
     "doctor.start": 0,
     "doctor.describe": 0,
     "fresh.write": Path("h"),
@@ -206,6 +207,24 @@ def test_training_takes_overrides_anywhere(calls, program):
     assert cli.main([program, *TRAINING]) == 0
     assert calls[-1][1][0][2] == []
     assert calls[-1][2] == {"resume": False}
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_the_same_line_starts_goes_on_and_leaves_alone_what_is_done(calls, monkeypatch, capsys, program):
+    of_240 = types.SimpleNamespace(schedule=options.Schedule(steps=240))
+    monkeypatch.setattr(config, "load", lambda *_: of_240)
+    for step, resume in ((None, False), (80, True), (240, None)):
+        monkeypatch.setattr(sys.modules["surgery_r1_jax.run"], "take_up", lambda out, step=step: step)
+        calls.clear()
+        assert cli.main([program, *TRAINING, "--resume", "auto"]) == 0
+        trained = [] if resume is None else [(f"{program}.train", (of_240, Path("runs/x")), {"resume": resume})]
+        assert calls == ["start_devices", *trained]
+    assert capsys.readouterr().out == "runs/x: all of its 240 steps are done\n"
+
+
+def test_resume_takes_no_other_word(capsys):
+    assert cli.main(["sft", *TRAINING, "--resume", "always"]) == 2
+    assert "invalid choice: 'always'" in capsys.readouterr().err
 
 
 def test_the_status_of_a_handler_is_the_status_of_the_command(calls, monkeypatch):

@@ -180,6 +180,21 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
         sft.train(sft_settings(place), tmp_path, resume=True)
 
 
+def test_a_run_killed_before_its_first_save_is_begun_anew_by_the_line_that_resumes_it(
+    place, sft_run, tmp_path, monkeypatch
+):
+    assert run.take_up(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+    with monkeypatch.context() as patch:
+        interrupt_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            sft.train(sft_settings(place), tmp_path)
+    assert lines(tmp_path)
+    assert run.take_up(tmp_path) is None
+    sft.train(sft_settings(place), tmp_path)
+    assert whole(tmp_path, STEPS) == whole(sft_run, STEPS) and lines(tmp_path) == lines(sft_run)
+    assert run.take_up(tmp_path) == STEPS and lines(tmp_path) == lines(sft_run)
+
+
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
     rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
     monkeypatch.setattr(evaluate, "score", lambda *_: {"joint_rate": next(rates)})
