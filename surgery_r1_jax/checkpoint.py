@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that training changes, in Orbax, and the way back onto any mesh.
 
     OUT/model/            config, tokenizer and preprocessor files of the model that is trained; base.json with adapters
-    OUT/checkpoints/N/    state (parameters, optimiser, counters), data (Grain iterator), meta (JSON)
+    OUT/checkpoints/N/    state (parameters, optimiser, counters) after N batches of the data, meta (JSON)
     OUT/best/N/           parameters of the best step by the dev split
 
 Orbax writes beside the target and renames, so a killed save leaves no step that looks whole.
@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +38,7 @@ from surgery_r1_jax import (
     tensors,
 )
 
-FORMAT = 1
+FORMAT = 2
 BASE = "base.json"
 
 
@@ -47,6 +46,7 @@ class Restored(NamedTuple):
     """What a resumed run goes on from."""
 
     state: optim.TrainState
+    step: int  # batches taken of the data: all there is to know of its place there
     meta: dict[str, Any]
 
 
@@ -60,20 +60,19 @@ class Checkpoints:
         """Number of the last whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: optim.TrainState, data: grain.DatasetIterator, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: optim.TrainState, meta: dict[str, Any]) -> None:
         """Save everything; returns when it is on disk."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()),
-                data=grain.checkpoint.CheckpointSave(data),
                 meta=ocp.args.JsonSave(meta | {"format": FORMAT}),
             ),
         )
         self._manager.wait_until_finished()
 
-    def restore(self, abstract: optim.TrainState, data: grain.DatasetIterator) -> Restored:
-        """Load the last checkpoint into `abstract`'s shapes and shardings and set the data iterator back."""
+    def restore(self, abstract: optim.TrainState) -> Restored:
+        """Load the last checkpoint into `abstract`'s shapes and shardings."""
         step = self.latest()
         if step is None:
             raise errors.InputError(
@@ -85,14 +84,9 @@ class Checkpoints:
             raise errors.InputError(
                 f"{self._manager.directory}/{step}: checkpoint format {meta.get('format')}, this version reads {FORMAT}"
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract._asdict()),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
-        return Restored(optim.TrainState(**restored["state"]), meta)
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()))
+        restored = self._manager.restore(step, args=wanted)
+        return Restored(optim.TrainState(**restored["state"]), step, meta)
 
     def close(self) -> None:
         """Wait for the last save."""

@@ -194,16 +194,16 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
 
 def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    out, plan = Path(out), settings.schedule
     frames = pipeline.read(settings.data)
+    settings = run.scheduled(settings, frames)
+    out, plan = Path(out), settings.schedule
     rewards.require_places(settings.reward, frames[0].classes)
     held_against = settings.objective.beta > 0
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes, reference=held_against)
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
-    stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
-    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
-    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)
+    stream = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
+    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
@@ -218,11 +218,11 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), shardings)
     saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)
         if restored.meta["reference"] != reference_hash:
             raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
-        state, first = restored.state, restored.meta["step"]
+        state, first = restored.state, restored.step
 
     key = jax.random.key(settings.seed)
     with (
@@ -235,10 +235,12 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
             enabled=jax.process_index() == 0,
             tensorboard=plan.tensorboard,
         ) as journal,
+        stream.starting(first, lambda pair: (sharding.put_batch(pair[0], runner.mesh), pair[1])) as data,
     ):
+        for line in stream.plan.lines():
+            journal.say(line)
         for step in range(first + 1, plan.steps + 1):
-            host_prompts, gold = next(data)
-            prompts = sharding.put_batch(host_prompts, runner.mesh)
+            prompts, gold = next(data)
             policy = model.joined(setup.frozen, state.params)
             drawn, graded, earned, compared, mask_BJT, stats = sample(
                 runner, settings, policy, prompts, gold, jax.random.fold_in(key, step)
@@ -252,14 +254,14 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
                 state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
             stats |= more
             if step % plan.log_every == 0 or step == plan.steps:
-                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
+                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()} | stream.plan.padding)
             stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 journal.table(step, completions(graded, earned, frames, gold, settings))
                 scores = dev.score(step, state.params, journal)
             run.check_sound(step, stats, plan)
             if stopping or step == plan.steps or step % plan.save_every == 0:
-                saved.save(step, state, data, {"step": step, "data": data_hash, "reference": reference_hash})
+                saved.save(step, state, {"data": data_hash, "reference": reference_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()

@@ -9,7 +9,7 @@ import os
 import types
 from pathlib import Path
 
-from surgery_r1_jax import hosts
+from surgery_r1_jax import hosts, launchers
 from surgery_r1_jax.errors import InputError
 
 
@@ -26,7 +26,7 @@ def start_devices() -> None:
 
 def start_together(args: argparse.Namespace) -> None:
     """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
-    place = hosts.find(args.coordinator, args.processes, args.process)
+    place = launchers.find(args.coordinator, args.processes, args.process)
     start_devices()
     hosts.join(place, args.join_timeout)
 

@@ -1,8 +1,4 @@
-"""Many hosts: which other processes take part in a command, and what becomes of it when one of them is lost.
-
-The same command is started everywhere. Who is who comes from the first of these that is there: the flags; the variables
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Slurm, Open MPI or SkyPilot; what jax finds on a TPU.
-Without any of them a machine is alone, and nothing here happens.
+"""Many hosts: how processes meet that work together, and what becomes of them when one is lost.
 
 jax watches over its processes: one that died or stands still ends all others, by an abort in the middle of whatever
 they wait for. So the work is done by a child process. The one that was started watches it, turns such an end into one
@@ -10,7 +6,6 @@ line and an exit status, and takes the whole group of processes down with it.
 """
 
 import contextlib
-import importlib.util
 import logging
 import os
 import re
@@ -19,154 +14,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import BinaryIO, TextIO
 
 from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.launchers import Place
 
 JOIN_S = 300  # the longest wait for all others at the start
 HEARTBEAT_S = 30  # of silence, after which a process counts as lost
 LEAVE_S = 10  # the longest wait for others that may be leaving for the same reason
-SKYPILOT_PORT = 8476
 LOST = 69  # exit status: others did not come, or one was lost
-
-
-class Place(NamedTuple):
-    """This process among all; with None in the place of everything jax is to find out."""
-
-    coordinator: str | None = None  # HOST:PORT where process 0 listens
-    count: int | None = None
-    index: int | None = None
-    device: int | None = None  # the GPU to take where processes share a machine
-
-    def __str__(self) -> str:
-        return "this process" if self.index is None else f"process {self.index} of {self.count}"
-
-
-class Launcher(NamedTuple):
-    """What a launcher tells in the environment."""
-
-    count: str
-    index: str
-    where: str  # the variable that the coordinator's address is made of
-    address: Callable[[str, Mapping[str, str]], str]
-    local: str = ""  # number on this machine
-    machines: str = ""  # of the command, or ...
-    together: str = ""  # ... processes on this machine
-
-
-def _of_slurm(nodes: str, environ: Mapping[str, str]) -> str:
-    """The first of node001,x or node[001-4,7],x; a port of the job's own."""
-    name, first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes).groups()
-    return f"{name}{first or ''}:{61440 + int(environ.get('SLURM_JOB_ID', 0)) % 4096}"
-
-
-def _of_open_mpi(uri: str, environ: Mapping[str, str]) -> str:
-    """The launching machine, 1314521088.0;tcp://10.96.0.1,10.148.0.1:34911; a port of the job's own."""
-    found = re.match(r"(\d+).*?;tcp6?://(\[?)([^,\]:]+|[^,\]]+)[,:\]]", uri)
-    if not found:
-        raise InputError(f"OMPI_MCA_orte_hnp_uri is {printable(uri)}; set JAX_COORDINATOR_ADDRESS to HOST:PORT")
-    job, bracket, host = found.groups()
-    return f"{f'[{host}]' if bracket else host}:{61440 + int(job) // 4096 % 4096}"
-
-
-LAUNCHERS = (
-    Launcher(
-        "SLURM_NTASKS",
-        "SLURM_PROCID",
-        "SLURM_STEP_NODELIST",
-        _of_slurm,
-        local="SLURM_LOCALID",
-        machines="SLURM_STEP_NUM_NODES",
-    ),
-    Launcher(
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_MCA_orte_hnp_uri",
-        _of_open_mpi,
-        local="OMPI_COMM_WORLD_LOCAL_RANK",
-        together="OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Launcher(
-        "SKYPILOT_NUM_NODES",
-        "SKYPILOT_NODE_RANK",
-        "SKYPILOT_NODE_IPS",
-        lambda ips, _: f"{ips.split()[0]}:{SKYPILOT_PORT}",
-    ),
-)
-
-
-def find(
-    coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str] = os.environ
-) -> Place | None:
-    """This process's place by the flags or the environment; None where it is alone. Raises: InputError."""
-    given = {"--coordinator": coordinator, "--processes": count, "--process": index}
-    missing = [flag for flag, value in given.items() if value is None]
-    if len(missing) < len(given):
-        if missing:
-            raise InputError(f"{', '.join(given)} go together; {' and '.join(missing)} missing")
-        return _checked(*given, Place(coordinator, count, index))
-    launcher = next((one for one in LAUNCHERS if environ.get(one.count) and environ.get(one.index)), None)
-    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
-        counts, indices = ["JAX_NUM_PROCESSES"], ["JAX_PROCESS_ID"]
-        if launcher:
-            counts, indices = [*counts, launcher.count], [*indices, launcher.index]
-        indices.append("JOB_COMPLETION_INDEX")  # of Kubernetes
-        found = [_first(names, environ) for names in (counts, indices)]
-        (count_name, count), (index_name, index) = found
-        place = Place(address, count, index, _device(launcher, environ))
-        return _checked("JAX_COORDINATOR_ADDRESS", count_name, index_name, place)
-    if launcher and _whole(launcher.count, environ) > 1 and environ.get(launcher.where):
-        address = launcher.address(environ[launcher.where], environ)
-        if port := environ.get("JAX_COORDINATOR_PORT"):
-            address = f"{address.rpartition(':')[0]}:{port}"
-        count, index = _whole(launcher.count, environ), _whole(launcher.index, environ)
-        place = Place(address, count, index, _device(launcher, environ))
-        return _checked(launcher.where, launcher.count, launcher.index, place)
-    wanted = environ.get("JAX_PLATFORMS") or "tpu"
-    return Place() if "tpu" in wanted and importlib.util.find_spec("libtpu") else None
-
-
-def _checked(coordinator_name: str, count_name: str, index_name: str, place: Place) -> Place | None:
-    """The place, or None for the only process. Raises: InputError naming where the mistake was made."""
-    host, _, port = place.coordinator.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-        told = f"expected HOST:PORT as in node1:8476, given '{printable(place.coordinator)}'"
-        raise InputError(f"{coordinator_name}: {told}")
-    if place.count < 1:
-        raise InputError(f"{count_name}: expected at least 1, given {place.count}")
-    if not 0 <= place.index < place.count:
-        told = f"{place.count} processes are counted from 0 to {place.count - 1}"
-        raise InputError(f"{index_name}: {told}, given {place.index}")
-    return place if place.count > 1 else None
-
-
-def _first(names: list[str], environ: Mapping[str, str]) -> tuple[str, int]:
-    """The first of these variables that is set, and its number."""
-    for name in names:
-        if environ.get(name):
-            return name, _whole(name, environ)
-    raise InputError(f"JAX_COORDINATOR_ADDRESS is set and {names[0]} is not; set it too, or neither")
-
-
-def _whole(name: str, environ: Mapping[str, str]) -> int:
-    if not environ[name].isdecimal():
-        raise InputError(f"{name}: expected a whole number, given '{printable(environ[name])}'")
-    return int(environ[name])
-
-
-def _device(launcher: Launcher | None, environ: Mapping[str, str]) -> int | None:
-    """The GPU of a process that shares its machine with others, unless it is shown just one."""
-    if not launcher or not environ.get(launcher.local) or environ.get("JAX_LOCAL_DEVICE_IDS"):
-        return None
-    if len(environ.get("CUDA_VISIBLE_DEVICES", "several,or unknown").split(",")) == 1:
-        return None
-    if launcher.together:
-        shared = _whole(launcher.together, environ) > 1 if environ.get(launcher.together) else False
-    else:
-        machines = _whole(launcher.machines, environ) if environ.get(launcher.machines) else 1
-        shared = _whole(launcher.count, environ) > machines
-    return _whole(launcher.local, environ) if shared else None
 
 
 def join(place: Place | None, limit_s: float = JOIN_S) -> None:
@@ -270,7 +127,7 @@ class _Watch:
         self._timer = threading.Timer(limit_s, self._lose_patience)
         self._kept: list[bytes] = []  # what jax says from its first word of a lost process
 
-    def until_it_ends(self, words: BinaryIO, noise: BinaryIO) -> int:
+    def until_it_ends(self, words: TextIO, noise: BinaryIO) -> int:
         """Pass on what the child prints and is sent; the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: os.kill(self._child, number))
@@ -285,7 +142,7 @@ class _Watch:
         readers[1].join(5)
         return self._judge(os.waitstatus_to_exitcode(ended))
 
-    def _follow(self, words: BinaryIO) -> None:
+    def _follow(self, words: TextIO) -> None:
         for word in map(str.split, words):
             match word:
                 case ["joining"]:

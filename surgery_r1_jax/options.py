@@ -14,14 +14,25 @@ from pydantic import Field, model_validator
 
 from surgery_r1_jax import config, errors
 
+Boxes = Literal["pixel", "unit", "thousand"] | None
+_ROOT = "data set folder: EndoVis-VQLA, your own frames with a table of records, or what tensorflow-datasets prepared"
+_BOXES = "what the boxes of a table of records are written in, where its data.json does not say"
+
+
+class Source(config.Config):
+    """One of several data sets that a run draws from."""
+
+    root: str = Field(description=_ROOT)
+    weight: float = Field(1.0, gt=0, description="rows drawn of this set, relative to the weights of the others")
+    boxes: Boxes = Field(None, description=_BOXES)
+
 
 class Data(config.Config):
     """Which frames are read and how they are batched."""
 
-    root: str = Field(description="data set folder: EndoVis-VQLA, or your own frames with a table of records")
-    boxes: Literal["pixel", "unit", "thousand"] | None = Field(
-        None, description="what the boxes of a table of records are written in, where its data.json does not say"
-    )
+    root: str | None = Field(None, description=_ROOT)
+    boxes: Boxes = Field(None, description=_BOXES)
+    mix: tuple[Source, ...] = Field((), description="several data sets with their weights, in place of root and boxes")
     split: str = Field("train", description="train, dev, val or all")
     frames: int = Field(8, ge=1, description="frames in a batch, over all processes")
     questions: int = Field(5, ge=1, description="most questions of a frame in one row")
@@ -29,6 +40,28 @@ class Data(config.Config):
     limit: int = Field(0, ge=0, description="use only so many frames, spread evenly; 0: all")
     threads: int = Field(2, ge=1, description="decoding threads of a process")
     workers: int = Field(0, ge=0, description="decoding processes beside the main one")
+    buckets: int = Field(
+        4, ge=1, le=64, description="most shapes of a batch: each is compiled, more leave less padding"
+    )
+    cache: float = Field(
+        0.375, ge=0, description="GiB of resized pictures that are kept, shared out evenly over all processes of a host"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.root is None) == (not self.mix) or (self.mix and self.boxes):
+            raise ValueError("give either root (and boxes), or mix with a root for each data set")
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets, one or several."""
+        return self.mix or (Source(root=self.root, boxes=self.boxes),)
+
+    @property
+    def name(self) -> str:
+        """Their folders."""
+        return ", ".join(source.root for source in self.sources)
 
 
 class Targets(config.Config):
@@ -123,12 +156,23 @@ class Compute(config.Config):
 class Schedule(config.Config):
     """How long, how often."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int | None = Field(None, ge=1, description="1000 where epochs are not given either")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows of all data sets, in place of steps")
     eval_every: int = Field(0, ge=0, description="steps between evaluations on the dev split; 0: only at the end")
     save_every: int = Field(200, ge=1)
     log_every: int = Field(10, ge=1)
     max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
     tensorboard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, given):
+        if not isinstance(given, dict):
+            return given
+        steps, epochs = given.get("steps"), given.get("epochs")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"steps {steps} and epochs {epochs} are both given; take one out, or set it to null")
+        return given | {"steps": 1000} if steps is None and epochs is None else given
 
 
 class Evaluation(config.Config):

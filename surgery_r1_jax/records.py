@@ -1,6 +1,7 @@
 """Data set folders to frames with their questions, and their splits.
 
-A folder with records.jsonl or records.csv is read by recordfile.py. Any other is one of the published sets, in the
+A folder that tensorflow-datasets prepared is read by prepared.py, one with records.jsonl or records.csv by
+recordfile.py. Any other is one of the published sets, in the
 folder named or in one below it such as `Train_Data`; `label/` may be missing, and the name of a label file may end
 in `_QAL`, `_QA` or neither:
 
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from surgery_r1_jax import recordfile, vocabulary
+from surgery_r1_jax import prepared, recordfile, vocabulary
 from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
 from surgery_r1_jax.labels import REPEATED, Box, Problem, Record, Refused, parse_line
@@ -65,7 +66,9 @@ def read(
     report = on_problem or stop_at_errors
     root = Path(root)
     inside = root.resolve()
-    if root.is_dir() and (table := recordfile.find(root)):
+    if root.is_dir() and (folder := prepared.find(root)):
+        frames = prepared.read(folder)
+    elif root.is_dir() and (table := recordfile.find(root)):
         frames = recordfile.read(table, inside, report, classes=classes, boxes=boxes, strict=strict)
     else:
         classes = classes or recordfile.declared(root).get("classes", vocabulary.CLASSES)

@@ -17,6 +17,7 @@ from surgery_r1_jax import (
     errors,
     evaluate,
     hf,
+    images,
     log,
     lora,
     model,
@@ -83,7 +84,8 @@ def prepare(
             f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
             "restore them, or start a new run"
         )
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes)
+    pictures = images.Kept(settings.data.cache / (1 + settings.data.workers))
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes, pictures)
     return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
 
 
@@ -98,6 +100,11 @@ def take_up(out: Path) -> int | None:
             (out / name).unlink(missing_ok=True)
     multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
     return step
+
+
+def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options.SFT | options.GRPO:
+    """The settings with their epochs worked out as steps."""
+    return settings.model_copy(update={"schedule": pipeline.steps(frames, settings.data, settings.schedule)})
 
 
 def sum_over_parts(function, batch, parts: int, add=None):

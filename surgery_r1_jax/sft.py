@@ -65,16 +65,16 @@ def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT)
 
 def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    out, plan = Path(out), settings.schedule
     frames = pipeline.read(settings.data)
+    settings = run.scheduled(settings, frames)
+    out, plan = Path(out), settings.schedule
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
 
-    stream, _ = pipeline.training(
+    stream = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )
-    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
-    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order, settings.targets)
+    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan, settings.targets)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
@@ -87,9 +87,9 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), shardings)
     saved, first, scores = checkpoint.Checkpoints(out), 0, {}
     if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)
-        state, first = restored.state, int(restored.state.step)
+        state, first = restored.state, restored.step
 
     with (
         run.StopSignal() as stop,
@@ -101,22 +101,24 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
             enabled=jax.process_index() == 0,
             tensorboard=plan.tensorboard,
         ) as journal,
+        stream.starting(first, functools.partial(sharding.put_batch, mesh=runner.mesh)) as data,
     ):
+        for line in stream.plan.lines():
+            journal.say(line)
         late = None  # statistics are read one step late, so that the device never waits for the log
         for step in range(first + 1, plan.steps + 1):
-            batch = sharding.put_batch(next(data), runner.mesh)
-            state, stats = take_step(state, setup.frozen, batch, number_V)
+            state, stats = take_step(state, setup.frozen, next(data), number_V)
             if late:
                 run.check_sound(step - 1, late, plan)
             if step % plan.log_every == 0 or step == plan.steps:
-                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
+                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()} | stream.plan.padding)
             late = stats
             stopping = stop.at(step) and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 scores = dev.score(step, state.params, journal)
             if stopping or step == plan.steps or step % plan.save_every == 0:
                 run.check_sound(step, stats, plan)
-                saved.save(step, state, data, {"data": data_hash})
+                saved.save(step, state, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()

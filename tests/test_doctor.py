@@ -237,7 +237,7 @@ def job_of(toys, program, **more):
 def job_for(settings, folder):
     architecture = hf.read_config(folder)
     encoder = hf.encoder_of(folder, architecture)
-    batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
+    batch = doctor.largest_batch(doctor.stream_of(settings, pipeline.read(settings.data), encoder))
     return memory.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 
 

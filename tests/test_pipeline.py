@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 
-import grain
 import numpy as np
 import pytest
 import toy
@@ -23,6 +22,8 @@ from surgery_r1_jax import (
     vocabulary,
 )
 from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.plan import Row, plan_rows
+from surgery_r1_jax.stream import Shard
 
 FRAMES = 9
 
@@ -44,9 +45,9 @@ def config(**more):
     return options.Data(root="data", **{"frames": 4, "questions": 3, **more})
 
 
-def take(stream, count):
-    iterator = iter(stream)
-    return [next(iterator) for _ in range(count)]
+def take(stream, count, taken=0):
+    with stream.starting(taken) as batches:
+        return [next(batches) for _ in range(count)]
 
 
 def asked(gold):
@@ -62,7 +63,7 @@ def rows_asked(batches):
     """The rows in the batches, in their order."""
     for _, gold in batches:
         for number, indices, valid in zip(gold.frame_B, gold.record_BQ, gold.valid_BQ, strict=True):
-            yield pipeline.Row(int(number), tuple(indices[valid].tolist()))
+            yield Row(int(number), tuple(indices[valid].tolist()))
 
 
 def leaves(batch):
@@ -99,7 +100,7 @@ def test_every_question_is_asked_once_and_in_order(encoder, frames, count, quest
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_processes_share_an_evaluation_out_without_gaps(encoder, frames, count):
     whole, number = pipeline.once(frames[:count], encoder, config())
-    parts = [pipeline.once(frames[:count], encoder, config(), pipeline.Shard(i, 2)) for i in range(2)]
+    parts = [pipeline.once(frames[:count], encoder, config(), Shard(i, 2)) for i in range(2)]
     assert [n for _, n in parts] == [number] * 2
     for (prompts, gold), *halves in zip(whole, *(batches for batches, _ in parts), strict=True):
         for name in ("prompts", "gold"):
@@ -114,20 +115,20 @@ def test_processes_share_an_evaluation_out_without_gaps(encoder, frames, count):
 @pytest.mark.parametrize("shards", [2, 4])
 def test_processes_partition_every_batch_of_the_stream(encoder, frames, shards):
     """Across an epoch's edge too: the rows do not divide by the batch, nor by the processes."""
-    make = lambda shard: pipeline.rollouts(frames, encoder, config(), seed=3, shard=shard)[0]  # noqa: E731
-    rows = pipeline.plan_rows(frames, 3, 3)
+    make = lambda shard: pipeline.rollouts(frames, encoder, config(), seed=3, shard=shard)  # noqa: E731
+    rows = plan_rows(frames, 3, 3)
     steps = 2 * len(rows) // 4 + 1
     assert len(rows) % 4
-    parts = zip(*(take(make(pipeline.Shard(i, shards)), steps) for i in range(shards)), strict=True)
-    for whole, part in zip(take(make(pipeline.Shard()), steps), parts, strict=True):
+    parts = zip(*(take(make(Shard(i, shards)), steps) for i in range(shards)), strict=True)
+    for whole, part in zip(take(make(Shard()), steps), parts, strict=True):
         for field, pieces in zip(leaves(whole), zip(*map(leaves, part), strict=True), strict=True):
             np.testing.assert_array_equal(np.concatenate(pieces), field)
 
 
 @pytest.mark.parametrize("frames_in_batch", [3, 4, 5])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(encoder, frames, frames_in_batch):
-    rows = pipeline.plan_rows(frames, 3, 7)
-    stream, _ = pipeline.rollouts(frames, encoder, config(frames=frames_in_batch), seed=7)
+    rows = plan_rows(frames, 3, 7)
+    stream = pipeline.rollouts(frames, encoder, config(frames=frames_in_batch), seed=7)
     seen = list(rows_asked(take(stream, -(-4 * len(rows) // frames_in_batch))))
     epochs = [seen[i * len(rows) :][: len(rows)] for i in range(4)]
     assert all(Counter(epoch) == Counter(rows) for epoch in epochs)
@@ -138,7 +139,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(encoder, frames, fra
 
 def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
     def batches(seed, threads=2):
-        return take(pipeline.rollouts(frames, encoder, config(threads=threads), seed=seed)[0], 6)
+        return take(pipeline.rollouts(frames, encoder, config(threads=threads), seed=seed), 6)
 
     first = batches(1)
     assert_same(
@@ -147,31 +148,8 @@ def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
     assert list(rows_asked(batches(2))) != list(rows_asked(first))
 
 
-@pytest.mark.parametrize("kind", ["training", "rollouts"])
-def test_a_stream_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, frames, kind):
-    if kind == "training":
-        stream, _ = pipeline.training(frames, encoder, config(), options.Targets(box_slack=0.4), seed=1)
-    else:
-        stream, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
-    steps = int(2.5 * len(pipeline.plan_rows(frames, 3, 1)) / 4)
-    assert steps >= 9
-    grain.experimental.assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(stream, steps))
-
-
-@pytest.mark.slow
-def test_worker_processes_change_nothing_and_go_on_where_they_were(encoder, frames):
-    alone, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
-    helped, _ = pipeline.rollouts(frames, encoder, config(workers=2), seed=1)
-    want = take(alone, 9)
-    iterator = iter(helped)
-    assert_same([next(iterator) for _ in range(5)], want[:5])
-    again = iter(helped)
-    again.set_state(iterator.get_state())
-    assert_same([next(again) for _ in range(4)], want[5:])
-
-
 def test_a_batch_larger_than_the_data_is_refused_with_a_remedy(encoder, frames):
-    rows = len(pipeline.plan_rows(frames, 3, 0))
+    rows = len(plan_rows(frames, 3, 0))
     pipeline.rollouts(frames, encoder, config(frames=rows), seed=0)
     reason = rf"data: {rows} rows of frames do not fill a batch of {rows + 1}; lower data\.frames"
     with pytest.raises(InputError, match=reason):
@@ -186,51 +164,10 @@ def test_a_batch_that_processes_cannot_share_is_refused(encoder, frames):
         lambda shard: pipeline.once(frames, encoder, config(), shard),
     ):
         with pytest.raises(InputError, match=r"data\.frames 4 cannot be shared out over 3 processes"):
-            make(pipeline.Shard(0, 3))
+            make(Shard(0, 3))
 
 
-# Rows and shapes
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 9), st.none() | st.integers(0, 9))
-def test_rows_share_the_questions_out_evenly(counts, questions, seed):
-    record = records.Record("q", "Idle", (0, 0, 1, 1), 1, None, "f:1")
-    frames = [records.Frame(f"s/{n}", "s", None, 1, 1, (record,) * count) for n, count in enumerate(counts)]
-    rows = pipeline.plan_rows(frames, questions, seed)
-    for number, count in enumerate(counts):
-        parts = [row.records for row in rows if row.frame == number]
-        assert sorted(index for part in parts for index in part) == list(range(count))
-        assert len(parts) == -(-count // questions)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    if seed is None:
-        assert [index for row in rows for index in row.records] == [i for count in counts for i in range(count)]
-
-
-def test_the_plan_is_the_tightest_that_holds_everything(encoder, frames):
-    stream, shape = pipeline.training(frames, encoder, config(frames=8, questions=9), options.Targets(), seed=0)
-    batches = take(stream, 3)
-    lanes = np.concatenate([(batch.branch_segment_BJT > 0).any(-1).sum(-1) for batch in batches])
-    tokens = np.concatenate([(batch.branch_segment_BJT > 0).sum(-1).ravel() for batch in batches])
-    scored = np.concatenate([batch.score_weight_BL.sum(-1) for batch in batches])
-    assert lanes.max() == shape.lanes
-    assert tokens.max() <= shape.lane_tokens
-    assert shape.scored - 8 < scored.max() <= shape.scored
-    assert all(batch.prefix_mask_BP.sum(-1).max() > shape.prefix - 8 for batch in batches)
-
-
-@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=12))
-def test_lanes_hold_every_row_in_no_more_slots_than_a_lane_for_each_branch(lengths):
-    lanes, room = pipeline.plan_lanes(lengths)
-    assert room % 8 == 0
-    assert all(len(examples.pack(row, room)) <= lanes for row in lengths)
-    plain = max(map(len, lengths)) * pipeline.round_up(max(map(max, lengths)), 8)
-    assert max(map(sum, lengths)) <= lanes * room <= plain
-
-
-def test_short_branches_share_a_lane():
-    assert pipeline.plan_lanes([[19, 18, 20, 18], [18, 18]]) == (2, 40)
-    assert pipeline.plan_lanes([[20], [17]]) == (1, 24)
+# What is read
 
 
 def test_a_limit_spreads_over_the_split(frames):
@@ -351,7 +288,7 @@ def test_a_record_that_says_what_it_wants_is_taught_as_it_stands(encoder, frames
 def test_rollouts_ask_for_what_is_wanted_and_an_evaluation_for_all(encoder, frames):
     own_frames, own_encoder = own(frames), dataclasses.replace(encoder, classes=("open", "shut"))
     settings = config(frames=1, questions=4)
-    stream, _ = pipeline.rollouts(own_frames, own_encoder, settings, seed=0)
+    stream = pipeline.rollouts(own_frames, own_encoder, settings, seed=0)
     for prompts, gold in take(stream, 2):
         wanted = {own_frames[n].records[i].want for n, i in asked(gold)}
         assert wanted == {0, 1, 2, None} and sorted(gold.want_BQ[0]) == [0, 1, 2, 2]
