@@ -19,7 +19,7 @@ from pathlib import Path
 
 from surgery_r1_jax import __version__, handlers, hosts
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
-from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, printable
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
@@ -38,7 +38,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except (InputError, NumericError) as error:
+    except (InputError, NumericError, StorageError) as error:
         return _refuse(error, error.exit_status)
     except Preempted as stop:
         return _refuse(stop, stop.exit_status, "stopped")

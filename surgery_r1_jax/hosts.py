@@ -35,6 +35,7 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
         return
     tell = _fork(place, limit_s)
     import jax
+    from jax.experimental import multihost_utils
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     tell("joining")
@@ -56,6 +57,9 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
     except RuntimeError as problem:
         raise InputError(f"{place}: cannot start at {place.coordinator}: {printable(problem)}; free it") from None
     tell(f"joined {jax.process_index()} {jax.process_count()}")
+    multihost_utils.sync_global_devices(
+        "met"
+    )  # lines that some would wait for in vain later are laid while all are here
     if jax.process_index():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # it puts the number in front
@@ -155,7 +159,7 @@ class _Watch:
 
     def _pass_on(self, noise: BinaryIO) -> None:
         for line in noise:
-            if self._kept or b"coordination_service" in line or b"JAX distributed service" in line:
+            if self._kept or any(word in line for word in (b"coordination_service", b"preemption_sync", b"JAX distri")):
                 self._kept.append(line)
             else:
                 self._print(line)
@@ -180,9 +184,9 @@ class _Watch:
             return self._tell("another process counts other processes; give all the same --processes", 2)
         if status == -signal.SIGABRT and "JAX distributed service" in said:
             return self._tell(f"{_lost(said)}; see what it says, then start all again with --resume", LOST)
-        for line in self._kept:
-            self._print(line)
         if status < 0:
+            for line in self._kept:
+                self._print(line)
             name = signal.Signals(-status).name
             more = "; perhaps its memory was at an end" if name == "SIGKILL" else ""
             return self._tell(f"was ended by {name}{more}", 128 - status)

@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     options,
     packed,
     pipeline,
+    saves,
     sharding,
     vocabulary,
 )
@@ -94,7 +95,7 @@ def take_up(out: Path) -> int | None:
 
     Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
     """
-    step = checkpoint.last_step(out)
+    step = saves.last_step(out)
     if step is None and jax.process_index() == 0:
         for name in ("metrics.jsonl", "completions.jsonl"):
             (out / name).unlink(missing_ok=True)
@@ -196,7 +197,7 @@ class Dev:
     def __init__(self, out: Path, setup: Setup, data: options.Data, settings: options.Evaluation):
         self._runner, self._frozen, self._settings = setup.runner, setup.frozen, settings
         self._frames, self._data = dev_frames(data, settings)
-        self._best = checkpoint.Best(out)
+        self._best = saves.Best(out)
 
     def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
         """Greedy answers to all its questions, scored."""
