@@ -37,6 +37,8 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
     import jax
     from jax.experimental import multihost_utils
 
+    if place.index:
+        _be_quiet()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     tell("joining")
     try:
@@ -56,15 +58,19 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
         return
     except RuntimeError as problem:
         raise InputError(f"{place}: cannot start at {place.coordinator}: {printable(problem)}; free it") from None
+    # Lines between processes are laid at their first use, and not all of them are waited for: while all are here.
+    multihost_utils.sync_global_devices("met")
     tell(f"joined {jax.process_index()} {jax.process_count()}")
-    multihost_utils.sync_global_devices(
-        "met"
-    )  # lines that some would wait for in vain later are laid while all are here
-    if jax.process_index():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # it puts the number in front
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
+    if jax.process_index() and place.index is None:
+        _be_quiet()
+
+
+def _be_quiet() -> None:
+    """Print nothing from here on but errors, in front of which the parent puts the number of this process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def leave(status: int) -> int:
@@ -183,7 +189,7 @@ class _Watch:
         if "Unexpected task registered" in said or "invalid task" in said.lower():
             return self._tell("another process counts other processes; give all the same --processes", 2)
         if status == -signal.SIGABRT and "JAX distributed service" in said:
-            return self._tell(f"{_lost(said)}; see what it says, then start all again with --resume", LOST)
+            return self._tell(f"{_lost(said)}; see what it says, then start all again, training with --resume", LOST)
         if status < 0:
             for line in self._kept:
                 self._print(line)
@@ -199,8 +205,9 @@ class _Watch:
 
 def _lost(said: str) -> str:
     """Which process jax says is lost."""
-    listed = re.search(r"\(stopped sending heartbeats\):\n([\d\n]+)", said)
-    if not listed:
+    listed = re.search(r"stopped sending heartbeats\):\n([\d\n]+)", said)
+    numbers = {int(number) for number in listed[1].split()} if listed else set()
+    numbers |= {int(number) for number in re.findall(r"Task (\d+) heartbeat timeout", said)}
+    if not numbers:
         return "lost process 0, the coordinator"
-    numbers = sorted(map(int, listed[1].split()))
-    return f"lost {'process' if len(numbers) == 1 else 'processes'} {', '.join(map(str, numbers))}"
+    return f"lost {'process' if len(numbers) == 1 else 'processes'} {', '.join(map(str, sorted(numbers)))}"

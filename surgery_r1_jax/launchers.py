@@ -48,11 +48,11 @@ def _slurm_address(nodes: str, environ: Environ) -> str:
 
 def _open_mpi_address(uri: str, environ: Environ) -> str:
     """The machine that launched, of 1314521088.0;tcp://10.96.0.1,10.148.0.1:34911, and a port of the job's own."""
-    found = re.match(r"(\d+)[^;]*;tcp6?://(\[?[^,:\]]+)", uri) or re.match(r"(\d+)[^;]*;tcp6://(\[[^,\]]+)", uri)
+    found = re.match(r"(\d+)[^;]*;(?:tcp://([^,:]+)|tcp6://(\[[^,\]]+))", uri)
     if not found:
         raise InputError(f"OMPI_MCA_orte_hnp_uri is {printable(uri)}; set JAX_COORDINATOR_ADDRESS to HOST:PORT")
-    job, host = found.groups()
-    return f"{host}{']' * host.startswith('[')}:{61440 + int(job) // 4096 % 4096}"
+    job, host, of_six = found.groups()
+    return f"{host or of_six + ']'}:{61440 + int(job) // 4096 % 4096}"
 
 
 SLURM = Launcher(

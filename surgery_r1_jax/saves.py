@@ -209,7 +209,9 @@ def _reading(folder: Path, remedy: str) -> Iterator[None]:
     """What goes wrong in reading a checkpoint, as InputError."""
     try:
         yield
-    except (ValueError, OSError, LookupError, TypeError) as problem:
+    except (errors.InputError, jax.errors.JaxRuntimeError):  # the second is of devices and other processes
+        raise
+    except Exception as problem:  # Orbax raises what it likes
         raise errors.InputError(f"{folder}: {errors.one_line(problem)}; restore it, or {remedy}") from None
 
 

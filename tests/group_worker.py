@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -82,11 +83,12 @@ def relay(folder: Path, count: int) -> dict:
 
 
 def stop_one_process(process: int) -> None:
-    """Only the second process gets the signal, as it places its second batch."""
+    """Only the second process gets the signal, as it places its second batch; batches come slowly."""
     put_batch, seen = sharding.put_batch, []
 
     def counted(*arguments, **named):
         seen.append(1)
+        time.sleep(0.1)
         if process == 1 and len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return put_batch(*arguments, **named)

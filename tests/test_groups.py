@@ -76,7 +76,7 @@ def test_every_process_knows_every_answer_and_no_question_is_answered_twice(foun
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("seed", map(str, worker.SEEDS))
+@pytest.mark.parametrize("seed", [str(seed) for seed in worker.SEEDS])
 def test_the_tokens_that_are_drawn_do_not_depend_on_the_number_of_processes(found, count, seed):
     (alone,) = found[1]
     assert [frame for process in found[count] for frame in process["tokens"][seed]] == alone["tokens"][seed]
