@@ -12,10 +12,10 @@ Reading order; a module imports only modules before it. README.md says of each w
     model                    sharding layers attention vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
-    files and state          tensors placement hf peft fresh optim packed modelcard checkpoint log
+    files and state          tensors placement hf peft fresh optim packed modelcard sums saves checkpoint log
     programs                 evaluate conversations run sft grpo
     for people               pictures sheet charts cards report data_page memory doctor survey ask demo
-                             arguments handlers cli
+                             arguments launchers hosts handlers cli
 
 The name of an array ends in its axes, `box_BJ4`: one letter each, a digit is literal.
 

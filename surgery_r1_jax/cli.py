@@ -4,7 +4,7 @@ What a handler raises becomes one line on standard error and these exit statuses
 
     1    no memory or disk left; `data check` found errors      75   stopped on request, state saved: use --resume
     2    a mistake in the command, a file or the data            130  interrupted from the keyboard
-    5    training met non-finite numbers
+    5    training met non-finite numbers                        69   others of several processes lost
 
 Anything else is a bug and keeps its traceback.
 """
@@ -13,11 +13,12 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from surgery_r1_jax import __version__, handlers
+from surgery_r1_jax import __version__, handlers, hosts
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, on_disk, pixels, weights
-from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, printable
 from surgery_r1_jax.places import place
 
 SPLITS = ("train", "dev", "val", "all")
@@ -28,11 +29,16 @@ ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic su
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
+    return hosts.leave(_guarded(argv))
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """As `main`; what a user can mend is one line."""
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except (InputError, NumericError) as error:
+    except (InputError, NumericError, StorageError) as error:
         return _refuse(error, error.exit_status)
     except Preempted as stop:
         return _refuse(stop, stop.exit_status, "stopped")
@@ -47,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 128 + 13  # as a shell reports a process that wrote to a closed pipe
         raise
+    except Exception as problem:
+        if not hosts.joined():
+            raise
+        hosts.outlive(problem)
+        traceback.print_exc()
+        return 1
 
 
 def commands() -> dict[str, Parser]:
@@ -64,12 +76,21 @@ def commands() -> dict[str, Parser]:
         about = "what your own frames' boxes are written in (default: as data.json says)"
         add("--boxes", choices=("pixel", "unit", "thousand"), help=about)
 
+    def together(add: Callable) -> None:
+        """The arguments of what many processes may do together."""
+        add("--coordinator", metavar="HOST:PORT", help="of several processes: where number 0 listens (default: none)")
+        add("--processes", type=number(int, 1), metavar="N", help="how many there are (default: by the environment)")
+        add("--process", type=number(int, 0), metavar="I", help="which of them this is (default: by the environment)")
+        about = "seconds to wait for the others at the start (default: %(default)s)"
+        add("--join-timeout", type=number(int, 1), default=hosts.JOIN_S, metavar="S", help=about)
+
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
         add("--config", type=on_disk, required=True, metavar="FILE", help="YAML configuration")
         add("--out", type=place, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
         about = "go on from the last checkpoint in --out; with 'auto' begin where there is none yet (default: off)"
         add("--resume", nargs="?", choices=("auto",), const=True, default=False, metavar="auto", help=about)
+        together(add)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
     add("--out", type=on_disk, required=True, metavar="DIR", help="directory for data, model, runs and report")
@@ -176,6 +197,7 @@ def commands() -> dict[str, Parser]:
         help="also answer from a grey image, as a floor (default: --blank)",
     )
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
+    together(add)
 
     add = command("export", handlers.export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
     add("checkpoint", type=place, metavar="CHECKPOINT", help="run directory")
@@ -198,6 +220,7 @@ def commands() -> dict[str, Parser]:
     add("hf_dir", type=place, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
     add("out", type=place, metavar="OUT", help="new run directory")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
+    together(add)
 
     example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
     add = command("ask", handlers.ask, "Ask one question about one image.", example)

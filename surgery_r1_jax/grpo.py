@@ -17,7 +17,6 @@ import numpy as np
 
 from surgery_r1_jax import (
     advantages,
-    checkpoint,
     errors,
     evaluate,
     grade,
@@ -32,6 +31,7 @@ from surgery_r1_jax import (
     rewards,
     run,
     sampling,
+    saves,
     scoring,
     sharding,
 )
@@ -217,7 +217,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), shardings)
-    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
+    saved, first, scores = saves.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)

@@ -9,6 +9,7 @@ import os
 import types
 from pathlib import Path
 
+from surgery_r1_jax import hosts, launchers
 from surgery_r1_jax.errors import InputError
 
 
@@ -21,6 +22,13 @@ def start_devices() -> None:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
+
+
+def start_together(args: argparse.Namespace) -> None:
+    """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
+    place = launchers.find(args.coordinator, args.processes, args.process)
+    start_devices()
+    hosts.join(place, args.join_timeout)
 
 
 def demo(args: argparse.Namespace) -> int | None:
@@ -120,7 +128,7 @@ def sft(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import sft
 
     _train(sft, settings, args)
@@ -131,7 +139,7 @@ def grpo(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.GRPO, args.config, args.overrides)
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import grpo
 
     _train(grpo, settings, args)
@@ -153,7 +161,7 @@ def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> Non
 
 def evaluate(args: argparse.Namespace) -> int | None:
     """`evaluate`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import evaluate
 
     return evaluate.run(
@@ -183,7 +191,7 @@ def export(args: argparse.Namespace) -> None:
 
 def import_folder(args: argparse.Namespace) -> None:
     """`import`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import checkpoint, log
 
     with log.byte_bar("importing") as tell:

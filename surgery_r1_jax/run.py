@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     options,
     packed,
     pipeline,
+    saves,
     sharding,
     vocabulary,
 )
@@ -58,6 +59,7 @@ def prepare(
     """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
+    multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
     kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
@@ -88,22 +90,22 @@ def prepare(
     return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
 
 
-def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options.SFT | options.GRPO:
-    """The settings with their epochs worked out as steps."""
-    return settings.model_copy(update={"schedule": pipeline.steps(frames, settings.data, settings.schedule)})
-
-
 def take_up(out: Path) -> int | None:
     """The step of a run's last checkpoint, to go on from; None where the run is to be begun.
 
     Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
     """
-    step = checkpoint.last_step(out)
+    step = saves.last_step(out)
     if step is None and jax.process_index() == 0:
         for name in ("metrics.jsonl", "completions.jsonl"):
             (out / name).unlink(missing_ok=True)
     multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
     return step
+
+
+def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options.SFT | options.GRPO:
+    """The settings with their epochs worked out as steps."""
+    return settings.model_copy(update={"schedule": pipeline.steps(frames, settings.data, settings.schedule)})
 
 
 def sum_over_parts(function, batch, parts: int, add=None):
@@ -195,7 +197,7 @@ class Dev:
     def __init__(self, out: Path, setup: Setup, data: options.Data, settings: options.Evaluation):
         self._runner, self._frozen, self._settings = setup.runner, setup.frozen, settings
         self._frames, self._data = dev_frames(data, settings)
-        self._best = checkpoint.Best(out)
+        self._best = saves.Best(out)
 
     def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
         """Greedy answers to all its questions, scored."""

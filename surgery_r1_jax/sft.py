@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery_r1_jax import (
-    checkpoint,
     errors,
     log,
     lora,
@@ -21,6 +20,7 @@ from surgery_r1_jax import (
     pipeline,
     places,
     run,
+    saves,
     scoring,
     sharding,
 )
@@ -86,7 +86,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), shardings)
-    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
+    saved, first, scores = saves.Checkpoints(out), 0, {}
     if resume:
         restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)
