@@ -195,9 +195,9 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
 
 def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    frames = pipeline.read(settings.data)
+    out, frames = places.run_folder(out), pipeline.read(settings.data)
     settings = run.scheduled(settings, frames)
-    out, plan = places.run_folder(out), settings.schedule
+    plan = settings.schedule
     rewards.require_places(settings.reward, frames[0].classes)
     held_against = settings.objective.beta > 0
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes, reference=held_against)

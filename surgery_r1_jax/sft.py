@@ -66,9 +66,9 @@ def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT)
 
 def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
     """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    frames = pipeline.read(settings.data)
+    out, frames = places.run_folder(out), pipeline.read(settings.data)
     settings = run.scheduled(settings, frames)
-    out, plan = places.run_folder(out), settings.schedule
+    plan = settings.schedule
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
 
