@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from surgery_r1_jax import __version__, handlers
-from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
+from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, span, weights
 from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
 
 SPLITS = ("train", "dev", "val", "all")
@@ -69,6 +69,8 @@ def commands() -> dict[str, Parser]:
         add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
         add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
         add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
+        about = "trace these steps for TensorBoard, to OUT/profile, as in 10:13 (default: none)"
+        add("--profile", type=span, metavar="FIRST:LAST", help=about)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
     add("--out", type=Path, required=True, metavar="DIR", help="directory for data, model, runs and report")

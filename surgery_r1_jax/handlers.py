@@ -114,7 +114,7 @@ def sft(args: argparse.Namespace) -> None:
     start_devices()
     from surgery_r1_jax import sft
 
-    sft.train(settings, args.out, resume=args.resume)
+    sft.train(settings, args.out, resume=args.resume, profile=args.profile)
 
 
 def grpo(args: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def grpo(args: argparse.Namespace) -> None:
     start_devices()
     from surgery_r1_jax import grpo
 
-    grpo.train(settings, args.out, resume=args.resume)
+    grpo.train(settings, args.out, resume=args.resume, profile=args.profile)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

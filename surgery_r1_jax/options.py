@@ -130,6 +130,14 @@ class Schedule(config.Config):
     max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
     tensorboard: bool = False
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the dev split is asked after this step."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, whatever happens."""
+        return step == self.steps or step % self.save_every == 0
+
 
 class Evaluation(config.Config):
     """How a split is evaluated while training."""
