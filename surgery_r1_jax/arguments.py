@@ -99,6 +99,14 @@ def pixels(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def span(text: str) -> tuple[int, int]:
+    """Reads FIRST:LAST, steps counted from 1."""
+    ends = [int(end) if end.isdecimal() and len(end) < 16 else 0 for end in text.split(":")]
+    if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST as in 10:13, given '{text}'")
+    return ends[0], ends[1]
+
+
 def weights(text: str) -> dict[str, float]:
     """Reads names with a weight each, as in a,b=2,c=0.5; without one it is 1."""
     read = {}

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from surgery_r1_jax import __version__, handlers, hosts
-from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, on_disk, pixels, weights
+from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, on_disk, pixels, span, weights
 from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, printable
 from surgery_r1_jax.places import place
 
@@ -90,6 +90,8 @@ def commands() -> dict[str, Parser]:
         add("--out", type=place, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
         about = "go on from the last checkpoint in --out; with 'auto' begin where there is none yet (default: off)"
         add("--resume", nargs="?", choices=("auto",), const=True, default=False, metavar="auto", help=about)
+        about = "trace these steps for TensorBoard, to OUT/profile, as in 10:13 (default: none)"
+        add("--profile", type=span, metavar="FIRST:LAST", help=about)
         together(add)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")

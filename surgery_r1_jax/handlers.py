@@ -156,7 +156,7 @@ def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> Non
             print(f"{args.out}: all of its {step} steps are done")
             return
         resume = step is not None
-    program.train(settings, args.out, resume=resume)
+    program.train(settings, args.out, resume=resume, profile=args.profile)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

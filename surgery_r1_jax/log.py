@@ -52,6 +52,7 @@ LIVE = (
 )  # shown beside the bar, the first few present
 MAX_LIVE = 4
 KEEP_EVERY_S = 30.0  # a bucket gets the log at least so often, if anything is logged
+RATES = {"speed/tokens_per_s": "{:,.0f} tokens/s", "speed/mfu": "MFU {:.0%}"}  # shown behind the pace
 MAX_CELL = 600  # characters of a completion shown in the terminal; the file holds all of it
 
 
@@ -214,7 +215,8 @@ class RunLog:
         if split != "train":
             self.say(" | ".join([f"{self.description} {step}/{self.total_steps} {split}", *live]))
             return
-        status = [*self._pace(step, now), *live]
+        rates = [form.format(numbers[name]) for name, form in RATES.items() if numbers.get(name) is not None]
+        status = [*self._pace(step, now), *rates, *live]
         if self._progress:
             self._progress.update(self._task, completed=step, status=self._safe(" | ".join(status)))
         elif now >= self._next_plain_s or step >= self.total_steps:

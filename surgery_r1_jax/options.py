@@ -214,6 +214,14 @@ class Schedule(config.Config):
             raise ValueError(f"steps {steps} and epochs {epochs} are both given; take one out, or set it to null")
         return given | {"steps": 1000} if steps is None and epochs is None else given
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the dev split is asked after this step."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, whatever happens."""
+        return step == self.steps or step % self.save_every == 0
+
 
 class Evaluation(config.Config):
     """How a split is evaluated while training."""

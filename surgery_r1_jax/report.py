@@ -76,6 +76,7 @@ def write(
         examples=examples_by_frame,
         tables=_tables(stages, floors),
         curves=[charts.panels(stage.curve) for stage in stages],
+        speed=[(charts.time_split(stage.curve), charts.panels(stage.curve, charts.SPEED)) for stage in stages],
         histograms=[charts.histogram(stage.name, stage.predictions) for stage in stages],
         confusion=_confusion(stages[-1]),
         failures=failures,

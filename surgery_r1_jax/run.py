@@ -1,7 +1,7 @@
-"""What every training run has, whatever it trains: folder, mesh, model, stop signal, and the test for bad numbers."""
+"""What every training run has, whatever it trains: folder, mesh, model, steps with their numbers, and a stop signal."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from surgery_r1_jax import (
     pipeline,
     saves,
     sharding,
+    speed,
     vocabulary,
 )
 
@@ -153,6 +154,67 @@ def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
             f"step {step}: loss or gradient was not finite {settings.max_bad_steps} times in a row; nothing of it was "
             "kept. Lower the learning rate or look at the data, then go on from the last checkpoint with --resume"
         )
+
+
+class Steps:
+    """The steps of a run, to be iterated over; a context manager.
+
+    Statistics are read when the next step is under way, so that the device never waits for the log. `profile` names
+    the first and the last step of which a trace is written, to `out`/profile.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        first: int,
+        plan: options.Schedule,
+        journal: log.RunLog,
+        clock: speed.Clock,
+        profile: tuple[int, int] | None = None,
+    ):
+        if profile and not (first <= profile[1] and profile[0] <= plan.steps):
+            here = f"this run goes from step {first} to {plan.steps}"
+            raise errors.InputError(f"--profile {profile[0]}:{profile[1]}: {here}; name steps of it")
+        self._folder, self._first, self._plan, self._journal, self._clock = out / "profile", first, plan, journal, clock
+        self._profile, self._tracing, self._open = profile or (0, 0), False, None
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_):
+        self._open = None
+        self._trace(False)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self._first, self._plan.steps + 1):
+            self._trace(self._profile[0] <= step <= self._profile[1])
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield step
+
+    def done(self, step: int, stats: dict, done: speed.Done) -> None:
+        """A step was dispatched, with these statistics to come; read those of the step before."""
+        self.settle()
+        self._open = step, stats, done
+
+    def settle(self) -> None:
+        """Wait for the last step and read its statistics. Raises NumericError."""
+        if self._open is None:
+            return
+        (step, stats, done), self._open = self._open, None
+        self._clock.did(done)
+        if step % self._plan.log_every == 0 or step == self._plan.steps:
+            self._journal.metrics(step, jax.device_get(stats) | self._clock.line())
+        check_sound(step, stats, self._plan)
+
+    def _trace(self, wanted: bool) -> None:
+        if wanted and not self._tracing:
+            how = jax.profiler.ProfileOptions()
+            how.python_tracer_level = 0  # every call of a Python function would be an event
+            jax.profiler.start_trace(self._folder, profiler_options=how)
+        elif self._tracing and not wanted:
+            self.settle()
+            jax.profiler.stop_trace()
+        self._tracing = wanted
 
 
 class StopSignal:

@@ -95,8 +95,9 @@ def whole(out, step):
 
 def lines(out):
     """What the run logged, without the time it took."""
+    timed = ("elapsed_s", "speed/", "time/", "compile/", "memory/")
     rows = log.read_metrics(out / "metrics.jsonl")
-    return [json.dumps({name: value for name, value in row.items() if name != "elapsed_s"}) for row in rows]
+    return [json.dumps({name: value for name, value in row.items() if not name.startswith(timed)}) for row in rows]
 
 
 @pytest.fixture(scope="module")
