@@ -7,7 +7,7 @@ Reading order; a module imports only modules before it. README.md says of each w
                              surgery_vqla reasoning traces claims tracecheck labellist teacher build
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         chat tiny grid batch examples lengths check pipeline
-    model                    sharding layers attention vision vision_qwen3 experts decoder model
+    model                    sharding layers attention flash backends vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
     files and state          tensors hf peft fresh optim packed modelcard checkpoint log
