@@ -9,7 +9,7 @@ Reading order; a module imports only modules before it. README.md says of each w
     drawn frames             shapes scene tissue cues drawing synth
     frames to arrays         appearance augment chat tiny grid batch examples lengths check plan stream
                              pipeline
-    model                    sharding layers attention vision vision_qwen3 experts decoder model
+    model                    sharding layers attention flash backends vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
                              flops

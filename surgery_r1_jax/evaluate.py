@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
+    backends,
     checkpoint,
     errors,
     examples,
@@ -64,7 +65,7 @@ def runner_of(
     encoder = hf.encoder_of(folder, settings, classes)
     if pictures is not None:
         encoder = dataclasses.replace(encoder, pictures=pictures)
-    graph = graph or model.build(settings, compute)[0]
+    graph = graph or model.build(settings, compute, backends.choose(compute, mesh))[0]
     allowed = encoder.chat.allowed(settings.text.vocab_size)
     words = sampling.Vocabulary(
         jax.device_put(allowed, sharding.replicated(mesh)), encoder.chat.stop_id, encoder.chat.pad_id

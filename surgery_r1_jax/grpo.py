@@ -17,6 +17,7 @@ import numpy as np
 
 from surgery_r1_jax import (
     advantages,
+    backends,
     errors,
     evaluate,
     flops,
@@ -221,7 +222,8 @@ def train(
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
     reference = (setup.frozen or jax.tree.map(jnp.copy, setup.params)) if held_against else None
     reference_hash = setup.start if reference is not None else None
-    reference_graph, _ = model.build(setup.model, settings.compute)
+    attend = backends.choose(settings.compute, runner.mesh)
+    reference_graph, _ = model.build(setup.model, settings.compute, attend)
     steps = plan.steps * settings.updates * settings.minibatches
     tx = optim.transformation(settings.optimizer, steps, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding
+from surgery_r1_jax import backends, grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -106,8 +106,9 @@ def compiled(job: Job) -> Bytes:
 def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
     settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
+    attend = backends.choose(settings.compute, mesh)
+    graph, _ = lora.build(job.architecture, settings.compute, settings.lora, attend)
+    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
     state, frozen, tx = _state(job)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     batch = _spread(job.batch, mesh)
@@ -140,7 +141,7 @@ def _lasting(job: Job) -> tuple[int, int, int, int]:
 def _state(job: Job):
     """The train state and what is frozen as abstract arrays with their shardings, and the optimiser."""
     adapted = job.settings.lora
-    _, abstract = lora.build(job.architecture, job.settings.compute, adapted)
+    _, abstract = lora.build(job.architecture, options.Compute(), adapted)
     params, frozen = lora.split(nnx.to_pure_dict(abstract))
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
@@ -177,7 +178,8 @@ def _activations(job: Job, frames: int) -> int:
     text, tower, compute, shape = job.architecture.text, job.architecture.vision, job.settings.compute, job.shape
     tensor, width = job.mesh.shape["tensor"], _width(job)
     P, J, T, n = shape.prefix, shape.lanes, shape.lane_tokens, shape.windows * tower.slots
-    rows = lambda tokens: min(compute.query_chunk or tokens, tokens)  # noqa: E731 - queries whose scores exist at once
+    held = compute.attention in ("auto", "xla")  # flash kernels hold no scores; `auto` may take one, or may not
+    rows = lambda tokens: held * min(compute.query_chunk or tokens, tokens)  # noqa: E731 - whose scores exist at once
 
     def stack(depth, tokens, model_width, mlp, scores, remat, trained=True):
         """What is kept for the backward pass, and one layer with its cotangents."""
@@ -187,7 +189,7 @@ def _activations(job: Job, frames: int) -> int:
 
     decoder = stack(
         *(text.num_hidden_layers, P + J * T, text.hidden_size, text.intermediate_size),
-        scores=text.num_attention_heads * (rows(P) * P + J * T * (P + T)),
+        scores=text.num_attention_heads * (rows(P) * P + held * J * T * (P + T)),
         remat=compute.remat,
     )
     seeing = stack(

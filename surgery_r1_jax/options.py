@@ -187,8 +187,11 @@ class Compute(config.Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = Field(False, description="recompute each decoder layer in the backward pass")
     tower_remat: bool = Field(False, description="recompute the tower's layers too")
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = Field(
+        "auto", description="pallas: flash kernels on TPUs; cudnn: on NVIDIA GPUs, in bfloat16; auto: what there is"
+    )
     query_chunk: int | None = Field(
-        None, ge=1, description="queries whose scores are held at a time, in prefix and full vision attention"
+        None, ge=1, description="with xla: queries whose scores are held at a time, in prefix and full vision attention"
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
 

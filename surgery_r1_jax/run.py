@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
+    backends,
     checkpoint,
     config,
     errors,
@@ -62,10 +63,11 @@ def prepare(
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
     multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
+    attend = backends.choose(compute, mesh)
     kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
-    graph, abstract = lora.build(loaded.config, compute, adapted)
-    still, _ = lora.build(loaded.config, compute, adapted.still)
+    graph, abstract = lora.build(loaded.config, compute, adapted, attend)
+    still, _ = lora.build(loaded.config, compute, adapted.still, attend)
     params, frozen, base = loaded.params, {}, None
     start = checkpoint.identity(loaded) if adapted.rank or reference else None
     if adapted.rank:
