@@ -22,9 +22,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from surgery_r1_jax.errors import InputError, one_line, printable
 
 NEEDED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that knows a bucket, and our extra for it
@@ -274,6 +271,9 @@ def _told(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _bar(description: str, total: int) -> Iterator[Any]:
     """A progress bar where there is something to wait for; gives a function to be told of bytes."""
+    from rich.console import Console  # only here, for every command imports this module
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not total) as bar:
         task = bar.add_task(description, total=total)
