@@ -271,7 +271,7 @@ def _told(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _bar(description: str, total: int) -> Iterator[Any]:
     """A progress bar where there is something to wait for; gives a function to be told of bytes."""
-    from rich.console import Console
+    from rich.console import Console  # only here, for every command imports this module
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn()
