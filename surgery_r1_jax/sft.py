@@ -97,6 +97,7 @@ def train(
         state, first = restored.state, int(restored.state.step)
 
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
+    put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
         run.StopSignal() as stop,
         log.RunLog(
@@ -112,11 +113,10 @@ def train(
     ):
         for step in steps:
             with clock.lap("data_wait"):
-                host_batch = next(data)
-                batch = sharding.put_batch(host_batch, runner.mesh)
+                batch, done = put(next(data))
             with clock.lap("update"):
                 state, stats = take_step(state, setup.frozen, batch, number_V)
-                steps.done(step, stats, speed.supervised(host_batch, cost))
+                steps.done(step, stats, done)
                 stopping = stop.at(step) and step < plan.steps
                 saving = stopping or plan.saves(step)
                 if saving or plan.evaluates(step):
