@@ -34,9 +34,9 @@ PANELS = (
     ("Gradient norm", "train", "grad_norm", (), False),
 )
 SPEED = (
-    ("Tokens a second", "train", "speed/tokens_per_s", (), False),
-    ("Frames a second", "train", "speed/frames_per_s", (), False),
-    ("Completions a second", "train", "speed/completions_per_s", (), False),
+    ("Tokens/s", "train", "speed/tokens_per_s", (), False),
+    ("Frames/s", "train", "speed/frames_per_s", (), False),
+    ("Completions/s", "train", "speed/completions_per_s", (), False),
     ("Seconds a step", "train", "speed/step_s", (), False),
     ("MFU", "train", "speed/mfu", (), False),
     ("Padding of prefixes", "train", "padding/prefix", (), True),

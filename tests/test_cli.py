@@ -214,13 +214,14 @@ def test_every_call_fits_the_function_it_is_made_for(calls, request, name):
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])
 def test_training_takes_overrides_anywhere(calls, program):
-    argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--q=[1, 2]"]
+    argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--profile=10:13"]
+    argv.append("--q=[1, 2]")
     assert cli.main(argv) == 0
     read = {"sft": options.SFT, "grpo": options.GRPO}[program], Path("c.yaml"), ["--a.b=c", "--seed=3", "--q=[1, 2]"]
-    assert calls[-1] == (f"{program}.train", (read, Path("runs/x")), {"resume": True})
+    assert calls[-1] == (f"{program}.train", (read, Path("runs/x")), {"resume": True, "profile": (10, 13)})
     assert cli.main([program, *TRAINING]) == 0
     assert calls[-1][1][0][2] == []
-    assert calls[-1][2] == {"resume": False}
+    assert calls[-1][2] == {"resume": False, "profile": None}
 
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])
@@ -282,6 +283,12 @@ def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls,
             "error: argument --size: expected WIDTHxHEIGHT as in 1280x1024, given '64'",
         ),
         ("data synth d --frames 1 --size 0x", "error: argument --size: expected WIDTHxHEIGHT"),
+        (
+            "sft --config c --out o --profile 13:10",
+            "error: argument --profile: expected FIRST:LAST as in 10:13, given '13:10'",
+        ),
+        ("grpo --config c --out o --profile 0:3", "error: argument --profile: expected FIRST:LAST"),
+        ("grpo --config c --out o --profile 7", "error: argument --profile: expected FIRST:LAST"),
         ("data synth d --frames 1 --balance 1.5", "error: argument --balance: expected a number from 0 to 1"),
         ("data synth d --frames 1 --balance nan", "error: argument --balance: expected a number from 0 to 1"),
         (

@@ -110,7 +110,7 @@ def test_compiling_is_counted_in_its_phase_and_timed_as_its_own():
     program(np.ones(5)).block_until_ready()
     assert first["compile/programs"] == first["compile/programs/update"] == other_shape["compile/programs"] == 1
     assert again["compile/programs"] == 0 and "compile/programs/update" not in again
-    assert first["time/compile"] > 0.5 and first["time/compile"] + first["time/update"] == pytest.approx(1)
+    assert first["time/compile"] > 0.5 and first["time/compile"] + first["time/update"] == pytest.approx(1, abs=0.01)
     assert clock.line()["compile/programs"] == 0  # it listens no more
 
 
@@ -199,17 +199,19 @@ def test_every_line_of_a_run_tells_its_speed(ran, program):
     assert ("speed/completions_per_s" in rows[0]) == bool(more)
 
 
-MOST = {"sft": 60, "grpo": 90}  # programs, small ones of setting up and saving included
+# All programs of a run; most of them are small ones of setting up. What the loop compiles, by phase, is exact.
+MOST = {"sft": 30, "grpo": 50}
+LOOP = {"sft": dict(update=1), "grpo": dict(rollout=1, reward=1, update=4, other=2)}
 
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])
 def test_a_run_compiles_a_bounded_number_of_programs_and_none_after_its_first_line(ran, program):
     out, number = ran[program]
     first, *rest = lines(out)
-    print(program, number, {k: v for row in lines(out) for k, v in row.items() if "compile" in k})
     assert 0 < number <= MOST[program]
-    assert first["compile/programs/update"] <= 8
-    # What only evaluation and saving need is compiled when the first of them comes, which may be after the first line.
+    for phase, programs in LOOP[program].items():
+        assert first[f"compile/programs/{phase}"] <= programs
+    assert first["compile/programs"] <= sum(LOOP[program].values()) + 1  # and that of evaluation
     assert [row["compile/programs"] for row in rest] == [0, 0]
 
 
