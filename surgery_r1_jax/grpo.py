@@ -255,7 +255,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
             stats |= more
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()} | stream.plan.padding)
-            stopping = stop.at(step) and step < plan.steps
+            stopping = stop.now() and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 journal.table(step, completions(graded, earned, frames, gold, settings))
                 scores = dev.score(step, state.params, journal)

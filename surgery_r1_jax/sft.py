@@ -113,7 +113,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
             if step % plan.log_every == 0 or step == plan.steps:
                 journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()} | stream.plan.padding)
             late = stats
-            stopping = stop.at(step) and step < plan.steps
+            stopping = stop.now() and step < plan.steps
             if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
                 scores = dev.score(step, state.params, journal)
             if stopping or step == plan.steps or step % plan.save_every == 0:
