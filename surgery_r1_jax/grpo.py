@@ -274,7 +274,7 @@ def train(
                     state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
                 steps.done(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
                 steps.settle()  # the next rollout needs this update anyway
-            stopping = stop.at(step) and step < plan.steps
+            stopping = stop.now() and step < plan.steps
             if plan.evaluates(step):
                 with clock.lap("evaluation"):
                     journal.table(step, completions(graded, earned, frames, gold, settings))

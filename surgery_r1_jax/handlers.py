@@ -26,7 +26,7 @@ def start_devices() -> None:
 
 def start_together(args: argparse.Namespace) -> None:
     """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
-    place = launchers.find(args.coordinator, args.processes, args.process)
+    place = launchers.find(args.coordinator, args.processes, args.process_id)
     start_devices()
     hosts.join(place, args.join_timeout)
 

@@ -83,7 +83,7 @@ def find(
     coordinator: str | None = None, count: int | None = None, index: int | None = None, environ: Environ = os.environ
 ) -> Place | None:
     """This process's place; None where it is alone. Raises: InputError, naming the flag or the variable."""
-    given = {"--coordinator": coordinator, "--processes": count, "--process": index}
+    given = {"--coordinator": coordinator, "--processes": count, "--process-id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if not missing:
         return _checked(*given, Place(coordinator, count, index))

@@ -1,5 +1,6 @@
 """What every training run has, whatever it trains: folder, mesh, model, steps with their numbers, and a stop signal."""
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -223,8 +224,11 @@ class StopSignal:
     """Remembers SIGTERM, so that a loop can save at a step boundary and leave; a context manager.
 
     Of several processes all must leave at the same step, whichever got the signal: there JAX's own preemption
-    service listens and settles on the step.
+    service listens and settles on the question, counted from the first, that all answer with yes. Steps would not do:
+    before the first question it takes the count to be 0, and a resumed run never comes to step 1.
     """
+
+    _questions = itertools.count(1)  # of all runs of a process
 
     def __init__(self):
         self._noted = False
@@ -239,9 +243,9 @@ class StopSignal:
         if self._alone:
             signal.signal(signal.SIGTERM, self._before)
 
-    def at(self, step: int) -> bool:
+    def now(self) -> bool:
         """Whether to leave after this step; to be asked exactly once a step, for the answer may change."""
-        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(next(self._questions))
 
     def _note(self, *_):
         self._noted = True

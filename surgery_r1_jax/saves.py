@@ -215,6 +215,13 @@ def _reading(folder: Path, remedy: str) -> Iterator[None]:
         raise errors.InputError(f"{folder}: {errors.one_line(problem)}; restore it, or {remedy}") from None
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but blind to a stop signal: asking for it as well, it would disturb the count of who does stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -223,7 +230,7 @@ def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.C
         enable_async_checkpointing=False,
         best_fn=best_fn,
     )
-    return ocp.CheckpointManager(places.absolute(folder), options=options, item_handlers=item_handlers)
+    return _Manager(places.absolute(folder), options=options, item_handlers=item_handlers)
 
 
 def gigabytes(tree) -> int:

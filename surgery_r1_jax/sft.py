@@ -121,7 +121,7 @@ def train(
             with clock.lap("update"):
                 state, stats = take_step(state, setup.frozen, batch, number_V)
                 steps.done(step, stats, done)
-                stopping = stop.at(step) and step < plan.steps
+                stopping = stop.now() and step < plan.steps
                 saving = stopping or plan.saves(step)
                 if saving or plan.evaluates(step):
                     steps.settle()
