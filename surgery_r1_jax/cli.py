@@ -80,9 +80,7 @@ def commands() -> dict[str, Parser]:
         """The arguments of what many processes may do together."""
         add("--coordinator", metavar="HOST:PORT", help="of several processes: where number 0 listens (default: none)")
         add("--processes", type=number(int, 1), metavar="N", help="how many there are (default: by the environment)")
-        add(
-            "--process-id", type=number(int, 0), metavar="I", help="which of them this is (default: the same)"
-        )
+        add("--process-id", type=number(int, 0), metavar="I", help="which of them this is (default: the same)")
         about = "seconds to wait for the others at the start (default: %(default)s)"
         add("--join-timeout", type=number(int, 1), default=hosts.JOIN_S, metavar="S", help=about)
 
