@@ -151,8 +151,8 @@ def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> Non
     if resume == "auto":
         from surgery_r1_jax import run
 
-        step = run.take_up(args.out)
-        if step is not None and step >= settings.schedule.steps:
+        step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
+        if step is not None and steps is not None and step >= steps:
             print(f"{args.out}: all of its {step} steps are done")
             return
         resume = step is not None

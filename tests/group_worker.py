@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from surgery_r1_jax import checkpoint, errors, evaluate, grpo, optim, options, pipeline, run, sft, sharding
+from surgery_r1_jax import checkpoint, errors, evaluate, grpo, optim, options, pipeline, run, sft, sharding, speed
 
 MAX_TOKENS, SEEDS, LEG = 4, (0, 1, 2), 2
 
@@ -49,8 +49,9 @@ def together(folder: Path) -> dict:
     host_prompts, gold = stream[0]
     found["opened"] = sorted({Path(path).name for path in opened if path.endswith(".png")})
     prompts = sharding.put_batch(host_prompts, mesh)
+    clock = speed.Clock(mesh.devices)
     for seed in SEEDS:
-        drawn, _, _, _, mask_BJT, _ = grpo.sample(runner, chosen, loaded.params, prompts, gold, jax.random.key(seed))
+        drawn, *_, mask_BJT, _ = grpo.sample(runner, chosen, loaded.params, prompts, gold, jax.random.key(seed), clock)
         found["tokens"][seed] = sharding.local_rows(drawn.tokens_BJT).tolist()
 
     # An advantage for every lane, so that the update does not hang on what an untrained model is paid.

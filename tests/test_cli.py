@@ -232,7 +232,11 @@ def test_the_same_line_starts_goes_on_and_leaves_alone_what_is_done(calls, monke
         monkeypatch.setattr(sys.modules["surgery_r1_jax.run"], "take_up", lambda out, step=step: step)
         calls.clear()
         assert cli.main([program, *TRAINING, "--resume", "auto"]) == 0
-        trained = [] if resume is None else [(f"{program}.train", (of_240, Path("runs/x")), {"resume": resume})]
+        trained = (
+            []
+            if resume is None
+            else [(f"{program}.train", (of_240, Path("runs/x")), {"resume": resume, "profile": None})]
+        )
         assert calls == ["start_devices", *trained]
     assert capsys.readouterr().out == "runs/x: all of its 240 steps are done\n"
 
