@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${ROOT:?is not set: the bucket or the shared folder with data/ and models/}"
 command -v surgery-r1 >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/xla}" # a restart compiles nothing again
+export JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=none                          # what XLA itself caches knows no buckets
 
 # Engines signal the process that they started, which is this shell: the signal is passed on, and the status back.
 stage() {
