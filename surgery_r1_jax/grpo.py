@@ -203,7 +203,7 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
     stream = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
-    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan)
+    data_hash = run.fingerprint(frames, runner.shard, settings.seed, stream.plan)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.

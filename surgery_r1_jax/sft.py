@@ -74,7 +74,7 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     stream = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )
-    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan, settings.targets)
+    data_hash = run.fingerprint(frames, runner.shard, settings.seed, stream.plan, settings.targets)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
