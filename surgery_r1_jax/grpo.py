@@ -216,7 +216,7 @@ def train(
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
     stream = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
-    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan, settings.data.augment)
+    data_hash = run.fingerprint(frames, runner.shard, settings.seed, stream.plan, settings.data.augment)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.

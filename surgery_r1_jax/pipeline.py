@@ -159,17 +159,23 @@ def once(
     return iter(grain.MapDataset.source(starts).map(make).to_iter_dataset(reading)), len(starts)
 
 
-def fingerprint(frames: Sequence[Frame], *rest: object) -> str:
+def fingerprint(frames: Sequence[Frame], *rest: object, images: Sequence[bytes] | None = None) -> str:
     """A hash of all labels and image bytes: a run is not resumed on other data.
 
-    `rest` is what else decides the batches, such as the plan and the seed; it is hashed as it prints.
+    `rest` is what else decides the batches, such as the plan and the seed; it is hashed as it prints. `images` are
+    the `image_hashes`, where they are known.
     """
     digest = hashlib.sha256(repr(rest).encode())
-    for frame in frames:
+    for frame, image in zip(frames, image_hashes(frames) if images is None else images, strict=True):
         labels = [(record.question, record.answer, record.box, record.think, record.want) for record in frame.records]
         digest.update(json.dumps([frame.id, frame.width, frame.height, frame.classes, labels]).encode())
-        digest.update(hashlib.sha256(frame.image.read_bytes()).digest())
+        digest.update(image)
     return digest.hexdigest()
+
+
+def image_hashes(frames: Sequence[Frame]) -> Iterator[bytes]:
+    """The SHA-256 of every image file."""
+    return (hashlib.sha256(frame.image.read_bytes()).digest() for frame in frames)
 
 
 def coarse(box: Box, slack: float, rng: np.random.Generator) -> Box:

@@ -80,7 +80,8 @@ def train(
     stream = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )
-    data_hash = pipeline.fingerprint(frames, settings.seed, stream.plan, settings.targets, settings.data.augment)
+    rest = settings.seed, stream.plan, settings.targets, settings.data.augment
+    data_hash = run.fingerprint(frames, runner.shard, *rest)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)

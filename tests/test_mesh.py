@@ -236,6 +236,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
         sharding.make_mesh(shape)
 
 
+def test_a_tensor_axis_over_several_processes_is_refused():
+    sharding.check_owners(np.array([[[0, 0], [1, 1]]]))
+    with pytest.raises(errors.InputError, match="its tensor axis of 4 reaches over several processes"):
+        sharding.check_owners(np.array([[[0, 0, 1, 1]]]))
+
+
 def test_rows_come_back_in_the_order_they_were_put_and_must_divide(meshes):
     rows = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8.0)}
     placed = sharding.put_batch(rows, meshes[8])
