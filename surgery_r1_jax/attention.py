@@ -8,8 +8,12 @@
 
 The prefix keys are never repeated for the lanes: only the scores have both a prefix and a lane axis. Scores over
 prefix and own keys meet in one float32 softmax. Idea of sharing the prefix: Prefix Grouper (arXiv:2506.05433).
+
+This is attention as XLA computes it on any device, and what every other way of computing it is held against; the
+others, which never hold all scores at once, are in `backends.py`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -33,6 +37,17 @@ class Queries(NamedTuple):
 
     segment: jax.Array  # int32 [B, J, T], 0 = padding
     order: jax.Array | None = None  # int32, broadcastable to segment
+
+
+@dataclasses.dataclass(frozen=True)
+class XLA:
+    """`attend` as a value that layers are given: `chunk` queries at a time, but for branches, which are short."""
+
+    chunk: int | None = None
+
+    def __call__(self, q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None) -> jax.Array:
+        """See `attend`."""
+        return attend(q_BJTNH, queries, own, prefix, self.chunk if prefix is None else None)
 
 
 def attend(q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None, chunk: int | None = None):

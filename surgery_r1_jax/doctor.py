@@ -28,6 +28,7 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    places,
     plan,
     records,
     run,
@@ -58,7 +59,7 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     """The `doctor` command on a configuration by its file's name. Raises InputError listing what would stop the run."""
     kind = "GRPO" if isinstance(settings, options.GRPO) else "SFT"
     folder = checkpoint.folder_of(settings.model)
-    _require(folder, [Path(source.root) for source in settings.data.sources])
+    _require(folder, [places.fetched(source.root) for source in settings.data.sources])
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
     encoder = hf.encoder_of(folder, architecture)
 
@@ -212,7 +213,7 @@ def warnings(job: memory.Job, lengths: Lengths, folder: Path, encoder: Encoder, 
         )
     if not any(settings.optimizer.rates.model_dump().values()):
         yield "optimizer.rates are all 0: nothing is trained"
-    if not any(folder.glob("*.safetensors")) and folder == Path(settings.model):
+    if not any(folder.glob("*.safetensors")) and folder == checkpoint.here(settings.model):
         yield f"{folder} has no safetensors weights yet"
     for device in jax.devices()[:1]:
         limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
+    backends,
     checkpoint,
     errors,
     examples,
@@ -30,6 +31,7 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    places,
     plan,
     records,
     sampling,
@@ -63,7 +65,7 @@ def runner_of(
     encoder = hf.encoder_of(folder, settings, classes)
     if pictures is not None:
         encoder = dataclasses.replace(encoder, pictures=pictures)
-    graph = graph or model.build(settings, compute)[0]
+    graph = graph or model.build(settings, compute, backends.choose(compute, mesh))[0]
     allowed = encoder.chat.allowed(settings.text.vocab_size)
     words = sampling.Vocabulary(
         jax.device_put(allowed, sharding.replicated(mesh)), encoder.chat.stop_id, encoder.chat.pad_id
@@ -206,7 +208,8 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    out = Path(out).with_suffix("") if Path(out).suffix == ".json" else Path(out)
+    out = places.reached(out)
+    out = out.with_suffix("") if out.suffix == ".json" else out
     targets = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
     for file in targets:  # before the work, not after it
         if file.is_dir():

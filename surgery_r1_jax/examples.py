@@ -136,15 +136,18 @@ class Encoder:
             score_weight_BL=_padded(np.ones(len(targets), np.float32), shape.scored),
         )
 
-    def prompts(self, frame: Frame, number: int, chosen: Sequence[int], shape: Shape) -> tuple[FrameBatch, Gold]:
+    def prompts(
+        self, frame: Frame, number: int, chosen: Sequence[int], shape: Shape, picture: Image.Image | None = None
+    ) -> tuple[FrameBatch, Gold]:
         """An example for rollout: the chosen records' questions, one a lane, right-aligned, and their gold.
 
-        Raises: InputError naming the frame where its questions do not fit into the shape.
+        `picture` is shown in place of the frame's own. Raises: InputError naming the frame where its questions do not
+        fit into the shape.
         """
         questions = [self.prompt(frame.records[index], wanted(frame.records[index])) for index in chosen]
         _fit(frame.id, "questions", len(questions), shape.lanes)
         _fit(frame.id, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
-        prefix, next_pos = self._prefix(frame, shape)
+        prefix, next_pos = self._prefix(frame, shape, picture)
         ids, pos, segment = self._empty_lanes(shape)
         gold = batch.padding_gold(shape.lanes)
         for q, (index, tokens) in enumerate(zip(chosen, questions, strict=True)):

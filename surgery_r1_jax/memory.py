@@ -6,6 +6,7 @@ the compiler may keep more or less at a time. For Qwen2.5-VL-3B on eight devices
 0.97 (SFT) and 0.82 (GRPO) of what the compiler said for CPUs.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding, stream
+from surgery_r1_jax import (
+    backends,
+    grpo,
+    lora,
+    model,
+    optim,
+    options,
+    packed,
+    run,
+    sampling,
+    scoring,
+    sft,
+    sharding,
+    stream,
+)
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -105,13 +120,16 @@ def compiled(job: Job) -> Bytes:
 def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     """The very programs of the run on abstract arrays: an update, and for GRPO a rollout."""
     settings, mesh, V = job.settings, job.mesh, job.architecture.text.vocab_size
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
+    attend = backends.choose(settings.compute, mesh)
+    graph, _ = lora.build(job.architecture, settings.compute, settings.lora, attend)
+    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
     state, frozen, tx = _state(job)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     batch = _spread(job.batch, mesh)
     by_word = lambda dtype: jax.ShapeDtypeStruct((V,), dtype, sharding=sharding.replicated(mesh))  # noqa: E731
     if not job.samples:
-        return sft.train_step.lower(graph, tx, state, frozen, batch, by_word(np.int32), settings), None
+        step = run.keep_layout(functools.partial(sft.train_step, graph, tx, settings=settings), shardings)
+        return step.lower(state, frozen, batch, by_word(np.int32)), None
     B, Q = batch.branch_ids_BJT.shape[:2]
     numbers = _spread((np.zeros(B, np.int32), np.zeros((B, Q), np.int32)), mesh)  # of frames and questions
     key, words = jax.eval_shape(jax.random.key, 0), sampling.Vocabulary(by_word(np.bool_), 0, 0)
@@ -122,7 +140,8 @@ def lowered(job: Job) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
     logp_BJT = drawn.logp_BJT
     advantage_BJ = _spread(jax.eval_shape(lambda x_BJT: x_BJT[..., 0], logp_BJT), mesh)
     graded = grpo.Experience(laid_out, drawn.mask_BJT, logp_BJT, logp_BJT, advantage_BJ)
-    return grpo.update_step.lower(graph, tx, settings, state, frozen, graded, words.allowed_V, np.int32(0)), drawing
+    step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), shardings)
+    return step.lower(state, frozen, graded, words.allowed_V, np.int32(0)), drawing
 
 
 def _lasting(job: Job) -> tuple[int, int, int, int]:
@@ -136,7 +155,7 @@ def _lasting(job: Job) -> tuple[int, int, int, int]:
 def _state(job: Job):
     """The train state and what is frozen as abstract arrays with their shardings, and the optimiser."""
     adapted = job.settings.lora
-    _, abstract = lora.build(job.architecture, job.settings.compute, adapted)
+    _, abstract = lora.build(job.architecture, options.Compute(), adapted)
     params, frozen = lora.split(nnx.to_pure_dict(abstract))
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(job.settings.optimizer, job.settings.schedule.steps, params)
@@ -183,7 +202,8 @@ def _activations(job: Job, frames: int) -> int:
     text, tower, compute, shape = job.architecture.text, job.architecture.vision, job.settings.compute, job.shape
     tensor, width = job.mesh.shape["tensor"], _width(job)
     P, J, T, n = shape.prefix, shape.lanes, shape.lane_tokens, shape.windows * tower.slots
-    rows = lambda tokens: min(compute.query_chunk or tokens, tokens)  # noqa: E731 - queries whose scores exist at once
+    held = compute.attention in ("auto", "xla")  # flash kernels hold no scores; `auto` may take one, or may not
+    rows = lambda tokens: held * min(compute.query_chunk or tokens, tokens)  # noqa: E731 - whose scores exist at once
 
     def stack(depth, tokens, model_width, mlp, scores, remat, trained=True):
         """What is kept for the backward pass, and one layer with its cotangents."""
@@ -193,7 +213,7 @@ def _activations(job: Job, frames: int) -> int:
 
     decoder = stack(
         *(text.num_hidden_layers, P + J * T, text.hidden_size, text.intermediate_size),
-        scores=text.num_attention_heads * (rows(P) * P + J * T * (P + T)),
+        scores=text.num_attention_heads * (rows(P) * P + held * J * T * (P + T)),
         remat=compute.remat,
     )
     seeing = stack(

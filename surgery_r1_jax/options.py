@@ -1,9 +1,9 @@
 """Every key of a run's YAML file, with its range and its default: `SFT` and `GRPO` are the two programs.
 
 Knows no JAX, so that a mistyped key is refused before anything heavy is imported. What a section does is told by
-the module that it is handed to: `Data` and `Targets` pipeline.py, `Optimizer` optim.py, `Lora` lora.py, `Compute`
-model.py, `Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py, `Objective`
-objectives.py.
+the module that it is handed to: `Data` and `Targets` pipeline.py, `Augment` augment.py, `Optimizer` optim.py, `Lora`
+lora.py, `Compute` model.py, `Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py,
+`Objective` objectives.py.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,45 @@ class Source(config.Config):
     boxes: Boxes = Field(None, description=_BOXES)
 
 
+class Augment(config.Config):
+    """What is changed at random about the frames that are trained on; by default nothing."""
+
+    flip_left_right: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of frames mirrored, boxes and location words with them. Your own frames only where no class"
+        " and no question has a word such as left or upper, since nothing is known of what it would become",
+    )
+    flip_top_bottom: float = Field(0.0, ge=0, le=1, description="share of frames mirrored top-bottom, as above")
+    crop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of frames of which a part is enlarged to the whole, where no location word turns false. What"
+        " has no box may be cut off: not for questions such as how many there are",
+    )
+    crop_least: float = Field(0.75, gt=0, le=1, description="shortest side of a crop, as a share of the frame's")
+    crop_visible: float = Field(0.6, gt=0, le=1, description="least share of each box that a crop must leave")
+    light: float = Field(0.0, ge=0, le=1, description="share of frames in another light; these are its bounds:")
+    brightness: float = Field(0.25, ge=0, le=4, description="multiplied or divided by up to 1 + this")
+    contrast: float = Field(0.25, ge=0, le=4, description="the same, about the frame's mean")
+    gamma: float = Field(0.2, ge=0, le=4, description="exponent of up to 1 + this, or one over that")
+    colour: float = Field(0.0, ge=0, le=1, description="share of frames in other colours; these are its bounds:")
+    saturation: float = Field(0.3, ge=0, le=4, description="multiplied or divided by up to 1 + this")
+    white_balance: float = Field(0.1, ge=0, le=4, description="the same, of red and of blue")
+    smoke: float = Field(0.0, ge=0, le=1, description="share of frames with the smoke of cautery in front")
+    smoke_density: float = Field(0.8, gt=0, le=1, description="most that it hides where it is thickest")
+    blood: float = Field(0.0, ge=0, le=1, description="share of frames with drops and a film of blood")
+    blood_cover: float = Field(0.15, gt=0, le=1, description="most of the frame that it covers")
+
+    @property
+    def on(self) -> bool:
+        """Whether any frame is changed."""
+        kinds = (self.flip_left_right, self.flip_top_bottom, self.crop, self.light, self.colour, self.smoke, self.blood)
+        return any(kinds)
+
+
 class Data(config.Config):
     """Which frames are read and how they are batched."""
 
@@ -40,6 +79,7 @@ class Data(config.Config):
     limit: int = Field(0, ge=0, description="use only so many frames, spread evenly; 0: all")
     threads: int = Field(2, ge=1, description="decoding threads of a process")
     workers: int = Field(0, ge=0, description="decoding processes beside the main one")
+    augment: Augment = Augment()
     buckets: int = Field(
         4, ge=1, le=64, description="most shapes of a batch: each is compiled, more leave less padding"
     )
@@ -147,8 +187,11 @@ class Compute(config.Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = Field(False, description="recompute each decoder layer in the backward pass")
     tower_remat: bool = Field(False, description="recompute the tower's layers too")
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = Field(
+        "auto", description="pallas: flash kernels on TPUs; cudnn: on NVIDIA GPUs, in bfloat16; auto: what there is"
+    )
     query_chunk: int | None = Field(
-        None, ge=1, description="queries whose scores are held at a time, in prefix and full vision attention"
+        None, ge=1, description="with xla: queries whose scores are held at a time, in prefix and full vision attention"
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
 
@@ -173,6 +216,14 @@ class Schedule(config.Config):
         if steps is not None and epochs is not None:
             raise ValueError(f"steps {steps} and epochs {epochs} are both given; take one out, or set it to null")
         return given | {"steps": 1000} if steps is None and epochs is None else given
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the dev split is asked after this step."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, whatever happens."""
+        return step == self.steps or step % self.save_every == 0
 
 
 class Evaluation(config.Config):

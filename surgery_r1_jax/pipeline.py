@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from surgery_r1_jax import answer, batch, errors, examples, options, plan, records, vocabulary
+from surgery_r1_jax import answer, augment, batch, errors, examples, location, options, plan, records, vocabulary
 from surgery_r1_jax.batch import FrameBatch, Gold, Shape
 from surgery_r1_jax.examples import Branch, Encoder
 from surgery_r1_jax.plan import Row, Size
@@ -23,7 +23,7 @@ from surgery_r1_jax.stream import Shard, Stream
 LONGER = 8  # tokens by which an answer may grow when its frame is changed; one that grows more is left as it was
 
 # A frame with its resized picture, and both changed in the same way: the frame's size stays as it is.
-Augment = Callable[[Frame, Image.Image, np.random.Generator], tuple[Frame, Image.Image]]
+Change = Callable[[Frame, Image.Image, np.random.Generator], tuple[Frame, Image.Image]]
 
 
 def read_all(settings: options.Data) -> list[Frame]:
@@ -58,6 +58,15 @@ def steps(frames: Sequence[Frame], settings: options.Data, schedule: options.Sch
     )
 
 
+def changing(frames: Sequence[Frame], settings: options.Data) -> Change | None:
+    """How frames are changed at random, if the configuration wants it; each source has its own rule of locations."""
+    if not settings.augment.on:
+        return None
+    sources = range(len(settings.sources))
+    rules = [location.settled([frame for frame in frames if frame.source == source]) for source in sources]
+    return lambda frame, picture, rng: augment.apply(frame, picture, settings.augment, rng, rule=rules[frame.source])
+
+
 def training(
     frames: Sequence[Frame],
     encoder: Encoder,
@@ -66,13 +75,12 @@ def training(
     *,
     seed: int,
     shard: Shard = Shard(),
-    augment: Augment | None = None,
 ) -> Stream:
     """An endless shuffled stream of training batches, of which this process makes its part.
 
-    `augment` changes a frame with its picture wherever it comes in the stream; its generator follows from the seed
-    and the row's place in the stream alone.
+    How a frame is changed, where the configuration wants it, follows from the seed and the row's place in the stream.
     """
+    change = changing(frames, settings)
 
     def branches(frame: Frame, row: Row) -> list[Branch]:
         return [_branch(frame, encoder, targets, seed, row.frame, index) for index in row.records]
@@ -83,15 +91,15 @@ def training(
 
     rows = plan.plan_rows(frames, settings.questions, seed)
     planned = {row: branches(frames[row.frame], row) for row in rows}
-    images, room = plan.image_sizes(encoder, frames), LONGER if augment else 0
+    images, room = plan.image_sizes(encoder, frames), LONGER if change else 0
     found = _plan(
         frames, rows, [size(images[row.frame], planned[row], room) for row in rows], plan.PACKED, encoder, settings
     )
 
     def example(row: Row, shape: Shape, place: int) -> FrameBatch:
         frame, made, picture = frames[row.frame], planned[row], None
-        if augment:
-            changed, seen = augment(frame, encoder.picture(frame), np.random.default_rng([seed, place]))
+        if change:
+            changed, seen = change(frame, encoder.picture(frame), np.random.default_rng([seed, place]))
             anew = branches(changed, row)
             if plan.fits(size(plan.image_size(encoder, changed), anew), shape):
                 frame, made, picture = changed, anew, seen
@@ -103,12 +111,23 @@ def training(
 def rollouts(
     frames: Sequence[Frame], encoder: Encoder, settings: options.Data, *, seed: int, shard: Shard = Shard()
 ) -> Stream:
-    """An endless shuffled stream of `(prompts, gold)` batches, of which this process makes its part."""
+    """An endless shuffled stream of `(prompts, gold)` batches, of which this process makes its part.
+
+    Where frames are changed, what completions are judged against is changed with them.
+    """
+    change = changing(frames, settings)
     rows = plan.plan_rows(frames, settings.questions, seed)
-    found = _plan(frames, rows, _prompt_sizes(frames, encoder, rows), plan.APART, encoder, settings)
+    sizes = _prompt_sizes(frames, encoder, rows, LONGER if change else 0)
+    found = _plan(frames, rows, sizes, plan.APART, encoder, settings)
 
     def example(row: Row, shape: Shape, place: int) -> tuple[FrameBatch, Gold]:
-        return encoder.prompts(frames[row.frame], row.frame, row.records, shape)
+        frame, picture = frames[row.frame], None
+        if change:
+            changed, seen = change(frame, encoder.picture(frame), np.random.default_rng([seed, place]))
+            image = plan.image_size(encoder, changed)
+            if plan.fits(Size(*image, tuple(_prompt_lengths(changed, row, encoder))), shape):
+                frame, picture = changed, seen
+        return encoder.prompts(frame, row.frame, row.records, shape, picture)
 
     return Stream(found, example, settings, seed, shard)
 
@@ -179,14 +198,20 @@ def _instrument(record: Record) -> str | None:
     return record.answer if record.kind == vocabulary.TOOL else record.tool
 
 
-def _prompt_sizes(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row]) -> list[Size]:
-    """The room that the questions of rows take."""
+def _prompt_lengths(frame: Frame, row: Row, encoder: Encoder) -> Iterator[int]:
+    """Tokens of each question of a row."""
+    for record in (frame.records[index] for index in row.records):
+        yield len(encoder.prompt(record, examples.wanted(record)))
+
+
+def _prompt_sizes(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row], longer: int = 0) -> list[Size]:
+    """The room that the questions of rows take, each with so many tokens more."""
     images = plan.image_sizes(encoder, frames)
-
-    def tokens(record: Record) -> int:
-        return len(encoder.prompt(record, examples.wanted(record)))
-
-    return [Size(*images[row.frame], tuple(tokens(frames[row.frame].records[i]) for i in row.records)) for row in rows]
+    lengths = (_prompt_lengths(frames[row.frame], row, encoder) for row in rows)
+    return [
+        Size(*images[row.frame], tuple(tokens + longer for tokens in each))
+        for row, each in zip(rows, lengths, strict=True)
+    ]
 
 
 def _plan(

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from surgery_r1_jax import prepared, recordfile, vocabulary
+from surgery_r1_jax import places, prepared, recordfile, vocabulary
 from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
 from surgery_r1_jax.labels import REPEATED, Box, Problem, Record, Refused, parse_line
@@ -64,7 +64,7 @@ def read(
         warned.append(problem)
 
     report = on_problem or stop_at_errors
-    root = Path(root)
+    root = places.fetched(root)
     inside = root.resolve()
     if root.is_dir() and (folder := prepared.find(root)):
         frames = prepared.read(folder)

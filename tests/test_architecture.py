@@ -1,6 +1,7 @@
 """The package keeps its promises of form: reading order, import order, a host that knows no JAX, small files."""
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -122,9 +123,8 @@ def test_every_command_we_write_down_is_one_that_the_program_takes(monkeypatch, 
     if path := getattr(args, "config", None):
         assert path.is_relative_to("configs")
         programs = {"sft": options.SFT, "grpo": options.GRPO}
-        load = (
-            options.load if (name := line.split()[1]) == "doctor" else lambda *more: config.load(programs[name], *more)
-        )
+        program = programs.get(line.split()[1])
+        load = functools.partial(config.load, program) if program else options.load
         load(HOME / path, args.overrides)
 
 

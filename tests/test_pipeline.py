@@ -265,7 +265,7 @@ def test_the_fingerprint_tells_any_change_of_the_configuration(encoder, mixed):
     assert of(workers=2, threads=5, cache=0.0) == changed[0], "how batches are made is not what they are"
 
 
-def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_still_fits(encoder, frames):
+def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_still_fits(encoder, frames, monkeypatch):
     def shifted(frame, picture, rng):
         shift = int(rng.integers(1, 20))
         seen.setdefault(frame.id, set()).add(shift)
@@ -276,9 +276,11 @@ def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_s
         return frame, Image.fromarray(np.roll(np.asarray(picture), shift, 1))
 
     seen = {}
-    make = lambda augment: pipeline.training(  # noqa: E731
-        frames, encoder, config(), options.Targets(), seed=1, augment=augment
-    )
+
+    def make(change):
+        monkeypatch.setattr(pipeline, "changing", lambda *_: change)
+        return pipeline.training(frames, encoder, config(), options.Targets(), seed=1)
+
     plain, moved = make(None), make(shifted)
     one, again, bare = take(moved, 9), take(make(shifted), 4, taken=5), take(plain, 9)
     assert_same(again, one[5:])
@@ -288,6 +290,42 @@ def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_s
     ]
     assert 0 < sum(same) < len(same) / 3
     assert moved.shapes[0].lane_tokens > plain.shapes[0].lane_tokens
+
+
+@pytest.mark.parametrize("program", ["training", "rollouts"])
+def test_mirrored_frames_are_taught_and_judged_by_mirrored_labels(encoder, frames, program):
+    def first(**augment):
+        data = config(augment=options.Augment(**augment), frames=len(frames), questions=9)
+        made = getattr(pipeline, program)
+        more = (options.Targets(),) if program == "training" else ()
+        return take(made(frames, encoder, data, *more, seed=1), 1)[0]
+
+    plain, mirrored = first(), first(flip_left_right=1.0)
+    if program == "training":
+        said = [
+            [encoder.chat.tokenizer.decode(ids) for ids in batch.branch_ids_BJT.reshape(-1, 8)]
+            for batch in (plain, mirrored)
+        ]
+        assert said[0] != said[1]
+        return
+    (shown, gold), (other, judged) = plain, mirrored
+    assert np.array_equal(gold.frame_B, judged.frame_B) and np.array_equal(gold.record_BQ, judged.record_BQ)
+    moved = (gold.box_BQ4 != judged.box_BQ4).any(-1) & gold.valid_BQ
+    assert moved.any() and not np.array_equal(shown.patches_BWSC, other.patches_BWSC)
+    x0, y0, x1, y1 = np.moveaxis(gold.box_BQ4[moved], -1, 0)
+    np.testing.assert_allclose(judged.box_BQ4[moved], np.stack([1 - x1, y0, 1 - x0, y1], -1), atol=1e-3)
+    names = np.array(vocabulary.CLASSES)
+    swap = {
+        "left-top": "right-top",
+        "right-top": "left-top",
+        "left-bottom": "right-bottom",
+        "right-bottom": "left-bottom",
+    }
+    asked = moved & (gold.kind_BQ == vocabulary.LOCATION)
+    assert asked.any()
+    assert [swap[name] for name in names[gold.answer_BQ[asked]]] == list(names[judged.answer_BQ[asked]])
+    rest = moved & (gold.kind_BQ != vocabulary.LOCATION) & (gold.kind_BQ != vocabulary.TOOL)
+    assert np.array_equal(gold.answer_BQ[rest], judged.answer_BQ[rest])
 
 
 def test_what_tensorflow_datasets_prepared_gives_the_batches_of_its_source(encoder, tmp_path):
