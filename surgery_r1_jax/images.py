@@ -7,7 +7,6 @@ laid on black.
 Source of the preprocessing: transformers:models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 """
 
-import io
 import json
 import math
 import stat
@@ -54,11 +53,10 @@ def load(path: str | Path | Stored, *, root: str | Path | None = None) -> Image.
 def read(path: str | Path | Stored, *, root: str | Path | None = None) -> tuple[Image.Image, list[str]]:
     """As `load`, and in words what the reading rule had to change about the picture; most often nothing."""
     name = printable(path)
-    file = path if isinstance(path, Stored) else _regular_file(path, root)
+    stored = isinstance(path, Stored)
+    file = path if stored else _regular_file(path, root)
     try:
-        with Image.open(
-            io.BytesIO(file.read_bytes()) if isinstance(file, Stored) else file, formats=("PNG", "JPEG")
-        ) as image:  # reads the header only
+        with Image.open(file.open() if stored else file, formats=("PNG", "JPEG")) as image:  # reads the header only
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(f"{name}: {width}x{height} is over {MAX_PIXELS} pixels; scale it down first")

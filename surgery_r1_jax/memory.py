@@ -15,7 +15,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import backends, grpo, lora, model, optim, options, packed, run, sampling, scoring, sft, sharding
+from surgery_r1_jax import (
+    backends,
+    grpo,
+    lora,
+    model,
+    optim,
+    options,
+    packed,
+    run,
+    sampling,
+    scoring,
+    sft,
+    sharding,
+    stream,
+)
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -29,7 +43,7 @@ class Bytes(NamedTuple):
     moments: int
     reference: int  # frozen copy of the parameters that GRPO's KL term needs
     gradients: int
-    activations: int  # of a step, its batch included
+    activations: int  # of a step, its batch and those that are placed ahead included
     rollout: int  # caches and logits; at another time than gradients and activations
     how: str  # "compiled" or "estimated"
 
@@ -87,10 +101,9 @@ class Job(NamedTuple):
 def estimated(job: Job) -> Bytes:
     """Memory by arithmetic."""
     lasting = _lasting(job)
-    frames = -(-job.settings.data.frames // job.frame_axes)
-    batch = sum(leaf.nbytes for leaf in job.batch) * frames // len(job.batch.prefix_ids_BP)
-    activations = batch + _activations(job, frames=-(-frames // job.parts))
-    rollout = batch + _rollout(job, frames) if job.samples else 0
+    frames, batches = _frames(job), (1 + stream.AHEAD) * _batch(job)
+    activations = batches + _activations(job, frames=-(-frames // job.parts))
+    rollout = batches + _rollout(job, frames) if job.samples else 0
     return Bytes(*lasting, activations, rollout, "estimated")
 
 
@@ -98,8 +111,9 @@ def compiled(job: Job) -> Bytes:
     """Memory by the compiler. Needs a mesh of real devices."""
     parameters, moments, reference, gradients = _lasting(job)
     step, drawing = lowered(job)
-    activations = _peak(step) - parameters - moments - gradients
-    rollout = _peak(drawing) - parameters if drawing else 0
+    ahead = stream.AHEAD * _batch(job)
+    activations = _peak(step) - parameters - moments - gradients + ahead
+    rollout = _peak(drawing) - parameters + ahead if drawing else 0
     return Bytes(parameters, moments, reference, gradients, activations, rollout, "compiled")
 
 
@@ -171,6 +185,16 @@ def _peak(lowered: jax.stages.Lowered) -> int:
     used = lowered.compile().memory_analysis()
     own = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     return used.argument_size_in_bytes + own
+
+
+def _frames(job: Job) -> int:
+    """Frames of a batch on one device."""
+    return -(-job.settings.data.frames // job.frame_axes)
+
+
+def _batch(job: Job) -> int:
+    """Bytes of them."""
+    return sum(leaf.nbytes for leaf in job.batch) * _frames(job) // len(job.batch.prefix_ids_BP)
 
 
 def _activations(job: Job, frames: int) -> int:

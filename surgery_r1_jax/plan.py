@@ -16,7 +16,7 @@ from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.records import Frame
 
 LEAST_BATCHES = 4  # in a bucket
-LITTLE = 0.01  # of all padded tokens: what a split has to save at least
+LITTLE = 0.002  # of all tokens, padding and images with them: what a split has to save at least
 REACH = 4096  # a token that looks at so many others costs about twice as much as one that looks at none
 
 

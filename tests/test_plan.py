@@ -114,7 +114,7 @@ def test_the_first_cut_is_the_best_of_all():
 def test_rows_alike_stay_in_one_bucket():
     assert len(plan.group(np.ones((400, 4)), np.ones(400), frames=2, most=8)) == 1
     nearly = np.ones((400, 4)) * 100
-    nearly[:200, 2] = 101  # less than a hundredth of all
+    nearly[:200, 1] = 101  # less than LITTLE of all
     assert len(plan.group(nearly, np.ones(400), frames=2, most=8)) == 1
 
 
