@@ -36,7 +36,7 @@ def start(folder: Path, count: int, words: list[str]) -> tuple[float, str]:
     environ |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
     running, began = [], time.monotonic()
     for index in range(count):
-        place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process", str(index)]
+        place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(index)]
         with (folder / f"printed{index}").open("w") as file:
             program = [sys.executable, "-m", "surgery_r1_jax.cli", *words, *(place if count > 1 else [])]
             running.append(subprocess.Popen(program, env=environ, stdout=file, stderr=subprocess.STDOUT))
