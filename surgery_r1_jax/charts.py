@@ -145,7 +145,7 @@ def time_split(curve: Sequence[dict], most: int = 60) -> TimeSplit | None:
     joined, by the time that each took.
     """
     rows = [row for row in curve if any(finite(row.get(f"time/{phase}")) is not None for phase in PHASES)]
-    rows = [row for row in rows if finite(row.get("step")) is not None and finite(row.get("elapsed_s")) is not None]
+    rows = [row for row in rows if (finite(row.get("step")) or 0) > 0 and finite(row.get("elapsed_s")) is not None]
     if not rows:
         return None
     ends_N, until_N = (np.array([finite(row[key]) for row in rows]) for key in ("step", "elapsed_s"))

@@ -238,6 +238,7 @@ def train(
             raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
         state, first = restored.state, restored.step
 
+    run.check_profile(profile, first + 1, plan)
     key = jax.random.key(settings.seed)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     counted = dict(most=settings.sampler.max_tokens, updates=settings.updates, reference=held_against)
@@ -272,7 +273,7 @@ def train(
                 experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
                 for part in list(range(settings.minibatches)) * settings.updates:
                     state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
-                steps.done(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
+                steps.dispatched(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
                 steps.settle()  # the next rollout needs this update anyway
             stopping = stop.now() and step < plan.steps
             if plan.evaluates(step):

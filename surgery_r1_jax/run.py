@@ -160,6 +160,13 @@ def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
         )
 
 
+def check_profile(profile: tuple[int, int] | None, first: int, plan: options.Schedule) -> None:
+    """Refuse to trace steps that the run does not have. Raises InputError."""
+    if profile and not (first <= profile[1] and profile[0] <= plan.steps):
+        here = f"this run goes from step {first} to {plan.steps}"
+        raise errors.InputError(f"--profile {profile[0]}:{profile[1]}: {here}; name steps of it")
+
+
 class Steps:
     """The steps of a run, to be iterated over; a context manager.
 
@@ -176,9 +183,6 @@ class Steps:
         clock: speed.Clock,
         profile: tuple[int, int] | None = None,
     ):
-        if profile and not (first <= profile[1] and profile[0] <= plan.steps):
-            here = f"this run goes from step {first} to {plan.steps}"
-            raise errors.InputError(f"--profile {profile[0]}:{profile[1]}: {here}; name steps of it")
         self._folder, self._first, self._plan, self._journal, self._clock = out / "profile", first, plan, journal, clock
         self._profile, self._tracing, self._open = profile or (0, 0), False, None
 
@@ -195,8 +199,8 @@ class Steps:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 yield step
 
-    def done(self, step: int, stats: dict, done: speed.Done) -> None:
-        """A step was dispatched, with these statistics to come; read those of the step before."""
+    def dispatched(self, step: int, stats: dict, done: speed.Done) -> None:
+        """A step is under way, with these statistics to come; read those of the step before."""
         self.settle()
         self._open = step, stats, done
 

@@ -98,6 +98,7 @@ def train(
         run.same_data(restored.meta, data_hash, out)
         state, first = restored.state, restored.step
 
+    run.check_profile(profile, first + 1, plan)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
@@ -121,7 +122,7 @@ def train(
                 batch, done = next(data)
             with clock.lap("update"):
                 state, stats = take_step(state, setup.frozen, batch, number_V)
-                steps.done(step, stats, done)
+                steps.dispatched(step, stats, done)
                 stopping = stop.now() and step < plan.steps
                 saving = stopping or plan.saves(step)
                 if saving or plan.evaluates(step):

@@ -231,11 +231,13 @@ def test_a_profile_holds_the_chosen_steps_and_their_phases(ran, program):
     assert found >= phases | {"data_wait", "update", "evaluation", "checkpoint"}
 
 
-@pytest.mark.parametrize("profile", [(7, 9), (0, 0)])
-def test_a_profile_of_steps_that_will_not_be_is_refused(tmp_path, profile):
+@pytest.mark.parametrize("profile", [(7, 9), (1, 2)])
+def test_a_profile_of_steps_that_will_not_be_is_refused(profile):
     plan = options.Schedule(steps=STEPS)
-    with pytest.raises(errors.InputError, match=r"--profile .*: this run goes from step 1 to 6; name steps of it"):
-        run.Steps(tmp_path, 1, plan, None, None, profile)
+    with pytest.raises(errors.InputError, match=r"--profile .*: this run goes from step 3 to 6; name steps of it"):
+        run.check_profile(profile, 3, plan)
+    run.check_profile((1, 9), 3, plan)
+    run.check_profile(None, 3, plan)
 
 
 class Late:
