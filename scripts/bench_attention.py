@@ -115,7 +115,7 @@ def main() -> int:
     if isinstance(kernel, attention.XLA):
         print(f"{device.device_kind}: auto takes XLA's attention here, there is nothing to compare it with")
         return 0
-    ways = {"XLA": attention.XLA(), "XLA, 512 queries": attention.XLA(512), kernel.run.__name__: kernel}
+    ways = {"XLA": attention.XLA(), "XLA, 512 queries": attention.XLA(512), "auto": kernel}
     table = Table("case", "attention", "ms", "MiB", "gradients off by", title=f"{device.device_kind}, bfloat16")
     status = 0
     for case in CASES:

@@ -270,6 +270,13 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
     assert memory.estimated(job_of(toys, options.GRPO, objective={"beta": 0.0})).reference == 0
 
 
+def test_flash_kernels_hold_no_scores_and_are_reckoned_on_a_machine_that_cannot_run_them(toys):
+    job = job_of(toys, options.SFT)
+    compute = job.settings.compute.model_copy(update=dict(attention="pallas"))
+    flash = job._replace(settings=job.settings.model_copy(update=dict(compute=compute)))
+    assert memory.estimated(flash).activations < memory.estimated(job).activations
+
+
 def test_adapters_leave_gradients_moments_and_reference_to_themselves(toys):
     whole = memory.estimated(job_of(toys, options.GRPO, samples=2, objective={"beta": 0.04}))
     adapted = {
