@@ -29,7 +29,14 @@ ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic su
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    return hosts.leave(_guarded(argv))
+    try:
+        return hosts.leave(_guarded(argv))
+    except Exception as problem:
+        if not hosts.joined():
+            raise
+        hosts.outlive(problem)
+        traceback.print_exc()
+        return hosts.leave(1)
 
 
 def _guarded(argv: Sequence[str] | None) -> int:
@@ -53,12 +60,6 @@ def _guarded(argv: Sequence[str] | None) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 128 + 13  # as a shell reports a process that wrote to a closed pipe
         raise
-    except Exception as problem:
-        if not hosts.joined():
-            raise
-        hosts.outlive(problem)
-        traceback.print_exc()
-        return 1
 
 
 def commands() -> dict[str, Parser]:

@@ -194,7 +194,7 @@ def import_folder(args: argparse.Namespace) -> None:
     start_together(args)
     from surgery_r1_jax import checkpoint, log
 
-    with log.byte_bar("importing") as tell:
+    with log.byte_bar("importing", enabled=hosts.first()) as tell:
         folder = checkpoint.import_folder(args.hf_dir, args.out, dtype=args.dtype, tell=tell)
     print(f"{args.hf_dir} written to {folder}")
 

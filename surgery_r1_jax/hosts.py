@@ -96,6 +96,15 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
+def first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    if not joined():
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
 def outlive(problem: Exception) -> None:
     """Of an error that may come of a lost process, wait for jax's word on it, which ends this one."""
     signs = r"gloo|nccl|unavailable|deadline|aborted|cancelled|connection|socket|peer|barrier|coordination"
@@ -140,7 +149,7 @@ class _Watch:
     def until_it_ends(self, words: TextIO, noise: BinaryIO) -> int:
         """Pass on what the child prints and is sent; the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: os.kill(self._child, number))
+            signal.signal(number, self._forward)
         readers = [threading.Thread(target=self._follow, args=(words,), daemon=True)]
         readers.append(threading.Thread(target=self._pass_on, args=(noise,), daemon=True))
         for reader in readers:
@@ -151,6 +160,10 @@ class _Watch:
             os.killpg(self._child, signal.SIGKILL)  # what it started
         readers[1].join(5)
         return self._judge(os.waitstatus_to_exitcode(ended))
+
+    def _forward(self, number: int, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child, number)
 
     def _follow(self, words: TextIO) -> None:
         for word in map(str.split, words):

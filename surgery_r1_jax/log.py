@@ -242,7 +242,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+def byte_bar(description: str, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for weights: gives a function to be told of a tensor, and how many bytes of how many are done."""
     whole = Column(no_wrap=True)
     columns = (
@@ -255,7 +255,7 @@ def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
             "{task.fields[tensor]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
         ),
     )
-    bar = Progress(*columns, console=Console(stderr=True), expand=True)
+    bar = Progress(*columns, console=Console(stderr=True), expand=True, disable=not enabled)
     task = bar.add_task(description, total=None, tensor="")
 
     def tell(tensor: str, done: int, total: int) -> None:
