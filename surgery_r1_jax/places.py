@@ -32,7 +32,8 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):/")
 
 def remote(path: str | os.PathLike) -> bool:
     """Whether a path leads to a bucket."""
-    return os.fspath(path).partition("://")[0] in NEEDED
+    scheme, found, _ = os.fspath(path).partition("://")
+    return bool(found) and scheme in NEEDED
 
 
 def place(path: str | os.PathLike) -> Path:

@@ -39,7 +39,7 @@ def tree(folder):
 
 
 def test_a_path_on_a_disk_is_itself(tmp_path):
-    for text in ("runs/x", "/a/b", "x:y", "~/x", str(tmp_path)):
+    for text in ("runs/x", "/a/b", "x:y", "~/x", "gs", "s3/x", str(tmp_path)):
         assert places.place(text) == Path(text) == places.fetched(text) and not places.remote(text)
     with pytest.raises(errors.InputError, match="gs://BUCKET/FOLDER"):
         places.place("ftp://host/folder")
