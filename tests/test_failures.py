@@ -44,11 +44,12 @@ def strike(shim, folder, fault, *points):
 def test_a_save_that_is_killed_at_any_call_leaves_a_whole_checkpoint_to_go_on_from(shim, tmp_path):
     told = strike(shim, tmp_path, "kill", 0, 0.3, 0.6, 0.9)
     ended = [line["ended"] for line in told]
-    # The number of calls differs a little from save to save: the last may not have come.
-    assert ended[:-1] == [-signal.SIGKILL] * 3 and ended[-1] in (-signal.SIGKILL, 0), told
+    # The number of calls differs a little from save to save, and their order: the last may not have come.
+    assert ended[:2] == [-signal.SIGKILL] * 2 and set(ended) <= {-signal.SIGKILL, 0}, told
     for line in told:
         assert line["step"] in (2, 3) and line["whole"] and line["goes_on"] and line["left"] == [], line
-    assert told[0]["step"] == 2 and told[-1]["step"] == 3, told
+        assert line["step"] == 3 or line["ended"] != 0, line
+    assert told[0]["step"] == 2, told
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(shim, tmp_path):
