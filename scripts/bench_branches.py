@@ -11,6 +11,7 @@ no layout can beat by much; and it checks that loss and gradient norm agree.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from surgery_r1_jax import decoder, grid, grpo, model, optim, options, sft, vision
+from surgery_r1_jax import decoder, flops, grid, grpo, model, optim, options, sft, vision
 from surgery_r1_jax.batch import FrameBatch
 
 IMAGE, QUESTION, COMPLETION, TEXT = 1, 20, 64, 24  # image id; tokens of a question, a completion, a system prompt
@@ -116,23 +117,6 @@ def repeated(batch: FrameBatch) -> FrameBatch:
     return rows._replace(**lanes, **score)
 
 
-def flops(batch: FrameBatch) -> float:
-    """Multiply-adds of one forward pass over these shapes; backward and remat scale both layouts alike."""
-    text, tower = ARCHITECTURE.text, ARCHITECTURE.vision
-    B, W, S, C = batch.patches_BWSC.shape
-    P, (J, T), L = batch.prefix_ids_BP.shape[1], batch.branch_ids_BJT.shape[1:], batch.score_slot_BL.shape[1]
-    E, D = tower.hidden_size, text.hidden_size
-    N, K, H = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    full = len(tower.fullatt_block_indexes)
-    per_patch = C * E + tower.depth * (4 * E * E + 3 * E * tower.intermediate_size) + 4 * E * E + E * D
-    vision_attention = 2 * E * ((tower.depth - full) * S + full * W * S)
-    per_token = D * H * (2 * N + 2 * K) + 3 * D * text.intermediate_size
-    prefix = P * (per_token + 2 * N * H * P)
-    lanes = J * T * (per_token + 2 * N * H * (P + T))
-    head = L * D * text.vocab_size
-    return B * (W * S * (per_patch + vision_attention) + text.num_hidden_layers * (prefix + lanes) + head)
-
-
 def program(case: Case, batch: FrameBatch):
     """The compiled step and its arguments behind the state."""
     graph, abstract = model.build(ARCHITECTURE, COMPUTE)
@@ -142,9 +126,8 @@ def program(case: Case, batch: FrameBatch):
     if case.program == "sft":
         settings = options.SFT(model="", data=data, schedule=plan)
         tx = optim.transformation(settings.optimizer, 100, params)
-        static, rest = (graph, tx), ({}, batch, None, settings)
-        lowered = sft.train_step.lower(*static, optim.start(params, tx), *rest)
         dynamic = ({}, batch, None)
+        step = functools.partial(sft.train_step, graph, tx, settings=settings)
     else:
         settings = options.GRPO(model="", data=data, schedule=plan, sampler=options.Sampler(max_tokens=COMPLETION))
         tx = optim.transformation(settings.optimizer, 100, params)
@@ -154,7 +137,8 @@ def program(case: Case, batch: FrameBatch):
         zeros = np.zeros(shape, np.float32)
         experience = grpo.Experience(batch, np.ones(shape, bool), zeros - 9.8, zeros, advantage)
         dynamic = ({}, experience, jnp.ones(ARCHITECTURE.text.vocab_size, bool), np.int32(0))
-        lowered = grpo.update_step.lower(graph, tx, settings, optim.start(params, tx), *dynamic)
+        step = functools.partial(grpo.update_step, graph, tx, settings)
+    lowered = jax.jit(step, donate_argnums=0).lower(optim.start(params, tx), *dynamic)
     return lowered.compile(), optim.start(params, tx), dynamic
 
 
@@ -181,7 +165,8 @@ def compare(case: Case, repeats: int) -> dict:
     for name in ("loss", "grad_norm"):
         if not np.isclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6):
             sys.exit(f"{case}: {name} differs between the layouts: {ours[name]} and {theirs[name]}")
-    bound = flops(flat) / flops(shared)
+    cost = flops.of_model(ARCHITECTURE).training
+    bound = flops.count(cost, flops.of_batch(flat)) / flops.count(cost, flops.of_batch(shared))
     speedup = theirs["seconds"] / ours["seconds"]
     return case._asdict() | {
         "shared_s": ours["seconds"],

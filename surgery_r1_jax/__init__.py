@@ -2,18 +2,22 @@
 
 Reading order; a module imports only modules before it. README.md says of each what it is.
 
-    labels, answers, words   errors files folders config options vocabulary labels archives codec answer
-                             frames recordfile records location floors images likeness leaks spaces
+    labels, answers, words   errors places files folders config options vocabulary labels archives codec
+                             answer frames prepared recordfile records location floors images likeness leaks
+                             spaces
                              surgery_vqla reasoning traces claims tracecheck labellist teacher build
     drawn frames             shapes scene tissue cues drawing synth
-    frames to arrays         chat tiny grid batch examples lengths check pipeline
-    model                    sharding layers attention vision vision_qwen3 experts decoder model
+    frames to arrays         appearance augment chat tiny grid batch examples lengths check plan stream
+                             pipeline
+    model                    sharding layers attention flash backends vision vision_qwen3 experts decoder model
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families sizes lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
-    files and state          tensors hf peft fresh optim packed modelcard checkpoint log
+                             flops
+    files and state          tensors placement hf peft fresh optim packed modelcard sums saves checkpoint log
+                             speed
     programs                 evaluate conversations run sft grpo hlo programs
-    for people               pictures charts cards report data_page memory doctor survey ask demo
-                             arguments handlers cli
+    for people               pictures sheet charts cards report data_page memory doctor survey ask demo
+                             arguments launchers hosts handlers cli
 
 The name of an array ends in its axes, `box_BJ4`: one letter each, a digit is literal.
 

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
+from surgery_r1_jax import places
 from surgery_r1_jax.errors import InputError
 
 
@@ -82,12 +84,27 @@ def byte_count(text: str) -> int:
     return int(number) * (1024 if unit.endswith("i") else 1000) ** units[unit.removesuffix("i")]
 
 
+def on_disk(text: str) -> Path:
+    """Reads the path of a file or folder on this machine."""
+    if places.remote(text):
+        raise argparse.ArgumentTypeError(f"expected a path on this machine, given '{text}'")
+    return places.place(text)
+
+
 def pixels(text: str) -> tuple[int, int]:
     """Reads WIDTHxHEIGHT."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 0 < len(width) < 6 and 0 < len(height) < 6):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT as in 1280x1024, given '{text}'")
     return int(width), int(height)
+
+
+def span(text: str) -> tuple[int, int]:
+    """Reads FIRST:LAST, steps counted from 1."""
+    ends = [int(end) if end.isdecimal() and len(end) < 16 else 0 for end in text.split(":")]
+    if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST as in 10:13, given '{text}'")
+    return ends[0], ends[1]
 
 
 def weights(text: str) -> dict[str, float]:

@@ -56,10 +56,7 @@ def run(
     lines = told(question, parsed, text, box, picture.size, runner.encoder.classes)
     print("\n".join(lines))
     if save is not None:
-        try:
-            pictures.draw(picture, prediction=box, lines=lines).save(save, "PNG")
-        except OSError as error:
-            raise errors.InputError(f"{save}: cannot be written ({error.strerror}); take another path") from None
+        pictures.save(pictures.draw(picture, prediction=box, lines=lines), save)
     return 0
 
 

@@ -8,8 +8,12 @@
 
 The prefix keys are never repeated for the lanes: only the scores have both a prefix and a lane axis. Scores over
 prefix and own keys meet in one float32 softmax. Idea of sharing the prefix: Prefix Grouper (arXiv:2506.05433).
+
+This is attention as XLA computes it on any device, and what every other way of computing it is held against; the
+others, which never hold all scores at once, are in `backends.py`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -33,6 +37,22 @@ class Queries(NamedTuple):
 
     segment: jax.Array  # int32 [B, J, T], 0 = padding
     order: jax.Array | None = None  # int32, broadcastable to segment
+
+
+@dataclasses.dataclass(frozen=True)
+class XLA:
+    """`attend` as a value that layers are given: `chunk` queries of a frame at a time, those of all its branches."""
+
+    chunk: int | None = None
+
+    def __call__(self, q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None) -> jax.Array:
+        """See `attend`."""
+        return attend(q_BJTNH, queries, own, prefix, self.chunk if prefix is None else self._of_lane(q_BJTNH))
+
+    def _of_lane(self, q_BJTNH):
+        """Queries of each lane at a time: its tokens in equal parts, to the next eight."""
+        J, T = q_BJTNH.shape[1:3]
+        return self.chunk and -(-T // -(-J * T // self.chunk) // 8) * 8
 
 
 def attend(q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None = None, chunk: int | None = None):

@@ -243,6 +243,9 @@ def _image(frame: Frame) -> PurePosixPath:
 def _link(image: Path, target: Path) -> None:
     """The image's own bytes under another name, in no more room where the file system can."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(image, Path):
+        target.write_bytes(image.read_bytes())
+        return
     image = image.resolve()  # a link that is linked would still be a link
     try:
         os.link(image, target)

@@ -33,6 +33,27 @@ PANELS = (
     ("Groups without a signal", "train", "frac_reward_zero_std", (), True),
     ("Gradient norm", "train", "grad_norm", (), False),
 )
+SPEED = (
+    ("Tokens/s", "train", "speed/tokens_per_s", (), False),
+    ("Frames/s", "train", "speed/frames_per_s", (), False),
+    ("Completions/s", "train", "speed/completions_per_s", (), False),
+    ("Seconds a step", "train", "speed/step_s", (), False),
+    ("MFU", "train", "speed/mfu", (), False),
+    ("Padding of prefixes", "train", "padding/prefix", (), True),
+    ("Padding of branches", "train", "padding/branch", (), True),
+    ("Device memory, GiB", "train", "memory/used_gib", (), False),
+)
+# Phases of a run as speed.py names them, from the bottom of the chart, and how they are called on the page.
+PHASES = {
+    "update": "update",
+    "rollout": "rollout",
+    "reward": "parsing and rewards",
+    "data_wait": "waiting for data",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoints",
+    "compile": "compiling",
+    "other": "other",
+}
 
 
 class Tick(NamedTuple):
@@ -54,6 +75,22 @@ class Panel(NamedTuple):
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     dropped: int  # values that are not finite
+
+
+class Area(NamedTuple):
+    """What one phase takes of the time: its share of the whole, and its band in the chart as a polygon."""
+
+    phase: str
+    label: str
+    share: float
+    outline: Line
+
+
+class TimeSplit(NamedTuple):
+    """Where the time of a run went: bands on top of each other, which together are all of it."""
+
+    areas: list[Area]
+    x_ticks: list[Tick]
 
 
 class Histogram(NamedTuple):
@@ -95,10 +132,43 @@ def histogram(stage: str, predictions: Sequence[dict], bins: int = 20) -> Histog
     )
 
 
-def panels(curve: Sequence[dict]) -> list[Panel]:
-    """A chart for each entry of `PANELS` of which the curve has at least two finite values; 0 is always in view."""
-    drawn = (_panel(curve, *entry) for entry in PANELS)
+def panels(curve: Sequence[dict], entries: Sequence[tuple] = PANELS) -> list[Panel]:
+    """A chart for each of the entries of which the curve has at least two finite values; 0 is always in view."""
+    drawn = (_panel(curve, *entry) for entry in entries)
     return [panel for panel in drawn if panel is not None]
+
+
+def time_split(curve: Sequence[dict], most: int = 60) -> TimeSplit | None:
+    """The shares of the phases over the steps; None for a curve that does not tell them.
+
+    A line of the log stands for the steps since the line before. Where there are more than `most`, neighbours are
+    joined, by the time that each took.
+    """
+    rows = [row for row in curve if any(finite(row.get(f"time/{phase}")) is not None for phase in PHASES)]
+    rows = [row for row in rows if (finite(row.get("step")) or 0) > 0 and finite(row.get("elapsed_s")) is not None]
+    if not rows:
+        return None
+    ends_N, until_N = (np.array([finite(row[key]) for row in rows]) for key in ("step", "elapsed_s"))
+    seconds_N = np.maximum(np.diff(until_N, prepend=0.0), 1e-9)
+    spent_NX = np.array([[finite(row.get(f"time/{phase}")) or 0.0 for phase in PHASES] for row in rows])
+    spent_NX *= (seconds_N / np.maximum(spent_NX.sum(1), 1e-9))[:, None]
+    first_N = np.arange(0, len(rows), math.ceil(len(rows) / most))  # of the lines that are joined
+    joined_NX = np.add.reduceat(spent_NX, first_N)
+    edges = np.append(0.0, ends_N[np.append(first_N[1:], len(rows)) - 1]) / ends_N[-1]
+    top_NX = 1 - np.cumsum(joined_NX / joined_NX.sum(1, keepdims=True), axis=1)
+    low_NX = np.hstack([np.ones((len(top_NX), 1)), top_NX[:, :-1]])
+
+    def line(height_N: np.ndarray) -> Line:
+        """From left to right, level between two edges."""
+        return list(zip(np.repeat(edges, 2)[1:-1].tolist(), np.repeat(height_N, 2).tolist(), strict=True))
+
+    shares = spent_NX.sum(0) / spent_NX.sum()
+    areas = [
+        Area(phase, label, float(shares[x]), line(top_NX[:, x]) + line(low_NX[:, x])[::-1])
+        for x, (phase, label) in enumerate(PHASES.items())
+        if shares[x] > 0
+    ]
+    return TimeSplit(areas, [Tick(x / ends_N[-1], f"{x:g}") for x in _round_numbers(0.0, ends_N[-1])])
 
 
 def _panel(curve: Sequence[dict], label: str, split: str, key: str, band: tuple[str, ...], unit: bool) -> Panel | None:

@@ -1,27 +1,17 @@
-"""Checkpoints of a run: all that training changes, in Orbax, and the way back onto any mesh.
+"""Models by their folders: a Hugging Face folder or what a run saved (see `saves`), whole or adapters; export, import.
 
-    OUT/model/            config, tokenizer and preprocessor files of the model that is trained; base.json with adapters
-    OUT/checkpoints/N/    state (parameters, optimiser, counters), data (Grain iterator), meta (JSON)
-    OUT/best/N/           parameters of the best step by the dev split
-
-Orbax writes beside the target and renames, so a killed save leaves no step that looks whole.
+OUT/model/            config, tokenizer and preprocessor files of the model that is trained; base.json with adapters
 """
 
 import functools
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import grain
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from surgery_r1_jax import (
     config,
@@ -32,100 +22,16 @@ from surgery_r1_jax import (
     lora,
     model,
     modelcard,
-    optim,
     options,
     peft,
+    places,
+    saves,
     sharding,
+    sums,
     tensors,
 )
 
-FORMAT = 1
 BASE = "base.json"
-
-
-class Restored(NamedTuple):
-    """What a resumed run goes on from."""
-
-    state: optim.TrainState
-    meta: dict[str, Any]
-
-
-class Checkpoints:
-    """The checkpoints of one run folder; the two latest are kept."""
-
-    def __init__(self, out: Path):
-        self._manager = _manager(Path(out) / "checkpoints", keep=2)
-
-    def latest(self) -> int | None:
-        """Number of the last whole checkpoint."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: optim.TrainState, data: grain.DatasetIterator, meta: dict[str, Any]) -> None:
-        """Save everything; returns when it is on disk."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave(meta | {"format": FORMAT}),
-            ),
-        )
-        self._manager.wait_until_finished()
-
-    def restore(self, abstract: optim.TrainState, data: grain.DatasetIterator) -> Restored:
-        """Load the last checkpoint into `abstract`'s shapes and shardings and set the data iterator back."""
-        step = self.latest()
-        if step is None:
-            raise errors.InputError(
-                f"{self._manager.directory}: no checkpoint to resume from; remove this run or choose another --out, "
-                "and start without --resume"
-            )
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta.get("format") != FORMAT:
-            raise errors.InputError(
-                f"{self._manager.directory}/{step}: checkpoint format {meta.get('format')}, this version reads {FORMAT}"
-            )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract._asdict()),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
-        return Restored(optim.TrainState(**restored["state"]), meta)
-
-    def close(self) -> None:
-        """Wait for the last save."""
-        self._manager.close()
-
-
-class Best:
-    """Parameters of the best step so far, by the joint rate on the dev split.
-
-    While they are saved, `at_once` gigabytes of them are copied at a time.
-    """
-
-    def __init__(self, out: Path, at_once: int = 96):
-        # Weights are noise to a compressor: it takes longer than the disk.
-        handlers = {"params": ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, use_compression=False)}
-        by_rate = dict(best_fn=lambda metrics: metrics["joint_rate"], item_handlers=handlers)
-        self._manager = _manager(Path(out) / "best", keep=1, **by_rate)
-
-    @property
-    def rate(self) -> float:
-        """The kept parameters' joint rate, -1 before there are any. Counts steps that a killed run has to repeat."""
-        step = self._manager.best_step()
-        return -1.0 if step is None else self._manager.metrics(step)["joint_rate"]
-
-    def save(self, step: int, params: dict, rate: float) -> None:
-        """Replace the kept parameters."""
-        args = ocp.args.Composite(params=ocp.args.PyTreeSave(params))
-        self._manager.save(step, args=args, metrics={"joint_rate": rate}, force=True)
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Wait for the last save."""
-        self._manager.close()
 
 
 class Base(config.Config):
@@ -177,14 +83,20 @@ class Loaded(NamedTuple):
     classes: tuple[str, ...] | None = None  # the answers it was trained on, where its folder does not say
 
 
+def here(path: str | Path) -> Path:
+    """A model's folder; of a bucket a copy on this disk, but for a run folder on gs://, which Orbax reads there."""
+    path = places.place(path)
+    return path if places.is_gs(path) and _is_run(path) else places.fetched(path)
+
+
 def folder_of(path: str | Path, above: tuple[Path, ...] = ()) -> Path:
     """Where config, tokenizer and preprocessor files of a Hugging Face folder, an adapter's or a run folder lie.
 
     Raises: InputError for an adapter whose base is not here, or is one of those `above` it.
     """
-    path, inside = Path(path), Path(path) / "model"
-    if (inside / "config.json").is_file():
-        return inside
+    path = here(path)
+    if _is_run(path):
+        return places.fetched(path / "model")
     return folder_of(peft.base_of(path), _below(above, path)) if peft.holds(path) else path
 
 
@@ -200,16 +112,16 @@ def load_model(
 
     Adapters are merged into their base. Raises: InputError, also where the base is no longer what it was.
     """
-    path, folder = Path(path), folder_of(path)
+    path, folder = here(path), folder_of(path)
     settings = hf.read_config(folder)
     if found := adapters_of(path, settings, mesh, which):
         base, adapters = found
-        if not os.path.isdir(base.path):
+        if not places.place(base.path).is_dir():
             raise errors.InputError(f"{path / 'model' / BASE}: its base {base.path} is not here; write where it is")
         below = load_model(base.path, mesh, dtype=dtype, above=_below(above, path))
         known = identity(below)
         base.check(known, path)
-        chain = [known, digest(adapters), base.lora.scale]
+        chain = [known, sums.digest(adapters), base.lora.scale]
         merged = hashlib.sha256(json.dumps(chain).encode()).hexdigest()
         own = hf.read_classes(path) if (path / hf.CLASSES).is_file() else below.classes
         return Loaded(settings, lora.merged(below.params, adapters, base.lora), folder, merged, own)
@@ -217,18 +129,19 @@ def load_model(
     shardings = None if mesh is None else sharding.of_params(abstract, mesh)
     if folder == path:
         return Loaded(settings, hf.read_params(path, settings, shardings, dtype=dtype), folder)
-    return Loaded(settings, _saved(path, which, _wanted(nnx.to_pure_dict(abstract), shardings, dtype)), folder)
+    return Loaded(settings, saves.params(path, which, _wanted(nnx.to_pure_dict(abstract), shardings, dtype)), folder)
 
 
 def adapters_of(
     path: str | Path, settings: model.Config, mesh: jax.sharding.Mesh | None = None, which: str = "best"
 ) -> tuple[Base, dict] | None:
     """The adapters in a run folder or in one of peft's, and their base; None where a whole model is."""
-    path, base = Path(path), Base.of(Path(path))
+    path = here(path)
+    base = Base.of(path)
     if base is not None:
         _, abstract = lora.build(settings, options.Compute(), base.lora)
         shardings = None if mesh is None else lora.split(sharding.of_params(abstract, mesh))[0]
-        return base, _saved(path, which, _wanted(lora.split(nnx.to_pure_dict(abstract))[0], shardings, "float32"))
+        return base, saves.params(path, which, _wanted(lora.split(nnx.to_pure_dict(abstract))[0], shardings, "float32"))
     if peft.holds(path):
         adapted, adapters = peft.read(path, settings, mesh)
         return Base(path=str(peft.base_of(path)), digest=peft.digest_of(path), lora=adapted), adapters
@@ -250,7 +163,7 @@ def export(
     Adapters become an adapter's folder of peft, or with `merge` a whole model. Raises: InputError where there is
     nothing to merge.
     """
-    source, out, folder = Path(source), Path(out), folder_of(source)
+    source, out, folder = here(source), places.place(out), folder_of(source)
     settings = hf.read_config(folder)
     card = functools.partial(modelcard.text, out.name, families.of(settings).title, source)
     found = adapters_of(source, settings, which=which)
@@ -258,7 +171,7 @@ def export(
         raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")
     if found and not merge:
         base, adapters = found
-        if not (Path(base.path) / "config.json").is_file():
+        if not (places.place(base.path) / "config.json").is_file():
             raise errors.InputError(
                 f"{source}: its adapters correct {base.path}, which is no Hugging Face folder; export with --merge"
             )
@@ -278,7 +191,7 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     Its config.json comes last: without it the folder is no model. Raises: InputError where `out` holds anything but an
     import that was stopped, which is begun anew.
     """
-    source, out = Path(source), Path(out)
+    source, out = places.fetched(source), places.run_folder(out)
     if peft.holds(source):
         raise errors.InputError(f"{source}: holds adapters; export it with --merge first, and import that")
     settings, mesh = hf.read_config(source), sharding.make_mesh()
@@ -287,10 +200,10 @@ def import_folder(source: str | Path, out: str | Path, *, dtype: str = "float32"
     if (out / "model" / "config.json").exists() or held - {"best", "model"} or out.is_file():
         raise errors.InputError(f"{out}: already exists; give a new folder")
     if jax.process_index() == 0:
-        shutil.rmtree(out / "best", ignore_errors=True)
+        places.remove(out / "best")
     shardings = sharding.of_params(model.build(settings)[1], mesh)
     params = hf.read_params(source, settings, shardings, dtype=dtype, tell=tell)
-    best = Best(out, at_once=_gigabytes(params))
+    best = saves.Best(out, at_once=saves.gigabytes(params))
     best.save(0, params, 0.0)
     best.close()
     if jax.process_index() == 0:
@@ -304,7 +217,7 @@ def identity(loaded: Loaded) -> str:
 
     That of merged adapters is made of those of their parts: merged numbers are rounded differently here and there.
     """
-    return loaded.merged or digest(loaded.params, "bfloat16")
+    return loaded.merged or sums.digest(loaded.params, "bfloat16")
 
 
 def _below(above: tuple[Path, ...], path: Path) -> tuple[Path, ...]:
@@ -312,38 +225,6 @@ def _below(above: tuple[Path, ...], path: Path) -> tuple[Path, ...]:
     if path.resolve() in above:
         raise errors.InputError(f"{path}: is its own base by way of others; mend base_model_name_or_path or {BASE}")
     return (*above, path.resolve())
-
-
-def digest(params: dict, dtype: str = "float32") -> str:
-    """A hash of parameter values in a precision, to tell one model from another.
-
-    The same however they are spread: bits are added up on the devices, modulo 2^32.
-    """
-    sums = {".".join(path): [int(n) for n in _sums(leaf, dtype)] for path, leaf in flatten_dict(params).items()}
-    return hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sums(leaf: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Sum of all values' bits, and of their products with odd numbers that tell their places."""
-    unsigned = {"float32": jnp.uint32, "bfloat16": jnp.uint16}[dtype]
-    bits = jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=False, best_fn=best_fn
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=item_handlers)
-
-
-def _gigabytes(tree) -> int:
-    """Whole gigabytes that hold the largest array of a tree, which Orbax must be allowed to have at hand."""
-    return 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // 10**9
 
 
 def _wanted(abstract: dict, shardings: dict | None, dtype: str) -> dict:
@@ -362,33 +243,10 @@ def _taker(source: Path, settings: model.Config, which: str, dtype: str) -> hf.T
 
     def take(where):
         wanted = unflatten_dict({tuple(where): hf.at(abstract, where)})
-        return np.asarray(hf.at(_saved(source, which, _wanted(wanted, None, dtype)), where))
+        return hf.at(saves.params(source, which, _wanted(wanted, None, dtype)), where)
 
     return take
 
 
-def _saved(path: Path, which: str, wanted: dict) -> dict:
-    """The best or the last parameters of a run."""
-    best, last = _steps(path / "best"), _steps(path / "checkpoints")
-    if which == "best" and best:
-        return _pick(path / "best" / str(best[-1]) / "params", wanted)
-    if last:
-        return _pick(path / "checkpoints" / str(last[-1]) / "state", {"params": wanted})["params"]
-    raise errors.InputError(f"{path}: a run folder without a checkpoint; let it train until its first save")
-
-
-def _pick(folder: Path, wanted: dict) -> dict:
-    """The arrays of `wanted` (shapes, dtypes, shardings) out of a saved tree that may hold more, from any mesh."""
-    how = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gigabytes(wanted))) as checkpointer:
-        found = checkpointer.restore(folder.absolute(), args=how)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        if not isinstance(leaf, jax.Array):
-            raise errors.InputError(f"{folder}: parameter {jax.tree_util.keystr(path)} is missing from this checkpoint")
-    return found
-
-
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+def _is_run(folder: Path) -> bool:
+    return (folder / "model" / "config.json").is_file()

@@ -4,7 +4,7 @@ What a handler raises becomes one line on standard error and these exit statuses
 
     1    no memory or disk left; `data check` found errors      75   stopped on request, state saved: use --resume
     2    a mistake in the command, a file or the data            130  interrupted from the keyboard
-    5    training met non-finite numbers
+    5    training met non-finite numbers                        69   others of several processes lost
 
 Anything else is a bug and keeps its traceback.
 """
@@ -13,12 +13,13 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from surgery_r1_jax import __version__, handlers
-from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, pixels, weights
-from surgery_r1_jax.errors import InputError, NumericError, Preempted, printable
+from surgery_r1_jax import __version__, handlers, hosts
+from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, on_disk, pixels, span, weights
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, printable
+from surgery_r1_jax.places import place
 
 SPLITS = ("train", "dev", "val", "all")
 DTYPES = ("float32", "bfloat16")
@@ -29,10 +30,22 @@ ABOUT = "Surgery-R1 in JAX: fine-tune Qwen-VL to answer and locate in robotic su
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     try:
+        return hosts.leave(_guarded(argv))
+    except Exception as problem:
+        if not hosts.joined():
+            raise
+        hosts.outlive(problem)
+        traceback.print_exc()
+        return hosts.leave(1)
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """As `main`; what a user can mend is one line."""
+    try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except (InputError, NumericError) as error:
+    except (InputError, NumericError, StorageError) as error:
         return _refuse(error, error.exit_status)
     except Preempted as stop:
         return _refuse(stop, stop.exit_status, "stopped")
@@ -64,20 +77,32 @@ def commands() -> dict[str, Parser]:
         about = "what your own frames' boxes are written in (default: as data.json says)"
         add("--boxes", choices=("pixel", "unit", "thousand"), help=about)
 
+    def together(add: Callable) -> None:
+        """The arguments of what many processes may do together."""
+        add("--coordinator", metavar="HOST:PORT", help="of several processes: where number 0 listens (default: none)")
+        add("--processes", type=number(int, 1), metavar="N", help="how many there are (default: by the environment)")
+        add("--process-id", type=number(int, 0), metavar="I", help="which of them this is (default: the same)")
+        about = "seconds to wait for the others at the start (default: %(default)s)"
+        add("--join-timeout", type=number(int, 1), default=hosts.JOIN_S, metavar="S", help=about)
+
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
-        add("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
-        add("--out", type=Path, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
-        add("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
+        add("--config", type=on_disk, required=True, metavar="FILE", help="YAML configuration")
+        add("--out", type=place, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
+        about = "go on from the last checkpoint in --out; with 'auto' begin where there is none yet (default: off)"
+        add("--resume", nargs="?", choices=("auto",), const=True, default=False, metavar="auto", help=about)
+        about = "trace these steps for TensorBoard, to OUT/profile, as in 10:13 (default: none)"
+        add("--profile", type=span, metavar="FIRST:LAST", help=about)
+        together(add)
 
     add = command("demo", handlers.demo, "Train and evaluate a tiny model on drawn frames.", "--out runs/demo --smoke")
-    add("--out", type=Path, required=True, metavar="DIR", help="directory for data, model, runs and report")
+    add("--out", type=on_disk, required=True, metavar="DIR", help="directory for data, model, runs and report")
     add("--smoke", action="store_true", help="only a few steps, to see that everything works (default: off)")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
     about = "Draw a data set of synthetic frames."
     add = command("data synth", handlers.synth, about, "data/synth --frames 200 --seed 0")
-    add("directory", type=Path, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
+    add("directory", type=on_disk, metavar="DIR", help="new directory in the layout of EndoVis-18-VQLA")
     add("--frames", type=number(int, 1), required=True, metavar="N", help="number of frames")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
     add("--size", type=pixels, default="1280x1024", metavar="WxH", help="pixels of a frame (default: %(default)s)")
@@ -93,25 +118,25 @@ def commands() -> dict[str, Parser]:
 
     example = "data/EndoVis-18-VQLA --html check.html --model checkpoints/Qwen2.5-VL-3B-Instruct"
     add = command("data check", handlers.check, "Find all that is wrong with a data set before a run does.", example)
-    add("directory", type=Path, metavar="DIR", help=DATA)
+    add("directory", type=place, metavar="DIR", help=DATA)
     boxes(add)
     add("--strict", action="store_true", help="also refuse what is otherwise mended with a warning (default: off)")
-    add("--json", type=Path, metavar="FILE", help="write the summary as JSON too (default: not written)")
-    add("--html", type=Path, metavar="FILE", help="write a page with pictures too (default: not written)")
-    add("--model", type=Path, metavar="HF_DIR", help="count tokens as this model's folder does (default: not counted)")
+    add("--json", type=on_disk, metavar="FILE", help="write the summary as JSON too (default: not written)")
+    add("--html", type=on_disk, metavar="FILE", help="write a page with pictures too (default: not written)")
+    add("--model", type=place, metavar="HF_DIR", help="count tokens as this model's folder does (default: not counted)")
 
     about = "Unpack an archive that nobody vouches for."
     add = command("data unpack", handlers.unpack, about, "EndoVis-18-VQLA.zip data/raw")
-    add("archive", type=Path, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
-    add("directory", type=Path, metavar="DIR", help="new folder")
+    add("archive", type=on_disk, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
+    add("directory", type=on_disk, metavar="DIR", help="new folder")
     add("--max-size", type=byte_count, default="200GB", metavar="N", help="most to unpack (default: %(default)s)")
 
     example = "data/EndoVis-18-VQLA data/train54k --kinds vqa_direct,grounding_direct,vqla_cot=2 --seed 0"
     add = command(
         "data build", handlers.build, "Make a training set: each question in six kinds, half with reasoning.", example
     )
-    add("source", type=Path, metavar="SOURCE", help="data set folder, or a list of labels without images")
-    add("out", type=Path, metavar="OUT", help="new folder: records, statistics, frames")
+    add("source", type=place, metavar="SOURCE", help="data set folder, or a list of labels without images")
+    add("out", type=on_disk, metavar="OUT", help="new folder: records, statistics, frames")
     about = (
         "kinds and records of each from a question: vqa, grounding or vqla, _direct or _cot (default: all, one each)"
     )
@@ -124,20 +149,27 @@ def commands() -> dict[str, Parser]:
     add("--teacher", metavar="URL", help=about)
     add("--teacher-model", metavar="NAME", help="its model (default: none)")
     add("--teacher-jobs", type=number(int, 1), default=8, metavar="N", help="requests at once (default: %(default)s)")
-    add("--teacher-cache", type=Path, metavar="FILE", help="keeps its answers (default: OUT.teacher.jsonl)")
+    add("--teacher-cache", type=on_disk, metavar="FILE", help="keeps its answers (default: OUT.teacher.jsonl)")
 
     example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
     add = command("data export", handlers.data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
-    add("source", type=Path, metavar="SOURCE", help=DATA)
-    add("out", type=Path, metavar="OUT", help="new folder: conversations and images")
-    add("--model", type=Path, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
+    add("source", type=place, metavar="SOURCE", help=DATA)
+    add("out", type=on_disk, metavar="OUT", help="new folder: conversations and images")
+    add("--model", type=place, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
     about = "messages: TRL, ms-swift; sharegpt: LLaMA-Factory, ms-swift (default: %(default)s)"
     add("--format", choices=("messages", "sharegpt"), default="messages", help=about)
     boxes(add)
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
 
+    about = "Draw frames as a run may see them: augmented, with their moved boxes and answers."
+    example = "--config configs/sft_3b.yaml --out augmented.png --data.augment.flip_left_right=0.5"
+    add = command("data augment", handlers.augment, about, example, True)
+    add("--config", type=on_disk, required=True, metavar="FILE", help="YAML configuration of the run")
+    add("--out", type=on_disk, required=True, metavar="PNG", help="picture to write")
+    add("--frames", type=number(int, 1, 50), default=4, metavar="N", help="frames, one a row (default: %(default)s)")
+
     add = command("init", handlers.init, "Write a tiny untrained model to start from.", "checkpoints/tiny")
-    add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
+    add("hf_dir", type=on_disk, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--seed", type=number(int, 0), default=0, metavar="S", help="random seed (default: %(default)s)")
 
     sft_example = "--config configs/sft_3b.yaml --out runs/sft_3b --optimizer.learning_rate=1e-5"
@@ -147,11 +179,11 @@ def commands() -> dict[str, Parser]:
 
     example = "--checkpoint runs/grpo --data data/EndoVis-18-VQLA --split val --out val.json"
     add = command("evaluate", handlers.evaluate, "Answer every question of a split and score the answers.", example)
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--data", type=Path, required=True, metavar="DIR", help=DATA)
+    add("--checkpoint", type=place, required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--data", type=place, required=True, metavar="DIR", help=DATA)
     boxes(add)
     add("--split", choices=SPLITS, required=True, help="what to answer; val is reported, dev selects")
-    add("--out", type=Path, required=True, metavar="FILE", help="metrics and completions as JSON")
+    add("--out", type=place, required=True, metavar="FILE", help="metrics and completions as JSON")
     add("--batch-frames", type=number(int, 1), default=16, metavar="N", help="frames at once (default: %(default)s)")
     add(
         "--max-completion",
@@ -168,10 +200,11 @@ def commands() -> dict[str, Parser]:
         help="also answer from a grey image, as a floor (default: --blank)",
     )
     add("--strict", action="store_true", help="refuse boxes outside the image instead of clipping them (default: off)")
+    together(add)
 
     add = command("export", handlers.export, "Write a checkpoint as a Hugging Face folder.", "runs/grpo exported/")
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory")
-    add("hf_dir", type=Path, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
+    add("checkpoint", type=place, metavar="CHECKPOINT", help="run directory")
+    add("hf_dir", type=place, metavar="HF_DIR", help="new folder: config, safetensors, tokenizer")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
     add("--merge", action="store_true", help="add adapters to the weights: a whole model (default: peft's own folder)")
     add("--which", choices=("best", "last"), default="best", help="of the run's parameters (default: %(default)s)")
@@ -187,23 +220,27 @@ def commands() -> dict[str, Parser]:
     about = "Write a Hugging Face folder as a checkpoint in shards, to start runs from on many hosts."
     add = command("import", handlers.import_folder, about, example)
     sums = "weights are held against its SHA256SUMS or *.sha256, if any"
-    add("hf_dir", type=Path, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
-    add("out", type=Path, metavar="OUT", help="new run directory")
+    add("hf_dir", type=place, metavar="HF_DIR", help=f"folder with config, safetensors, tokenizer; {sums}")
+    add("out", type=place, metavar="OUT", help="new run directory")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default: %(default)s)")
+    together(add)
 
     example = '--checkpoint runs/grpo --image frame.jpg "What is the state of monopolar curved scissors?"'
     add = command("ask", handlers.ask, "Ask one question about one image.", example)
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--image", type=Path, required=True, metavar="FILE", help="JPEG or PNG frame")
+    add("--checkpoint", type=place, required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--image", type=on_disk, required=True, metavar="FILE", help="JPEG or PNG frame")
     add("question", metavar="QUESTION", help="the question, in quotes")
-    add("--save", type=Path, metavar="PNG", help="write the image with the answer drawn on it (default: not written)")
+    add("--save", type=on_disk, metavar="PNG", help="write the image with the answer on it (default: not written)")
 
     example = "--config configs/grpo_7b.yaml --compute.mesh=[1,4,2]"
     about = "Tell what a run would be, or what a model is: sizes, tokens, memory, and what is amiss."
     add = command("doctor", handlers.doctor, about, example, True)
-    add("--config", type=Path, metavar="FILE", help="YAML configuration of a run (default: none)")
+    add("--config", type=on_disk, metavar="FILE", help="YAML configuration of a run (default: none)")
     add(
-        "--checkpoint", type=Path, metavar="DIR", help="instead: a run directory or Hugging Face folder (default: none)"
+        "--checkpoint",
+        type=place,
+        metavar="DIR",
+        help="instead: a run directory or Hugging Face folder (default: none)",
     )
 
     add = command(
@@ -212,9 +249,9 @@ def commands() -> dict[str, Parser]:
         "Make one page from the evaluations of some runs.",
         "runs/sft/val.json runs/grpo/val.json --out report.html",
     )
-    add("run_dirs", type=Path, nargs="+", metavar="FILE.json", help="what `evaluate` wrote, in the order of the page")
-    add("--out", type=Path, required=True, metavar="FILE", help="HTML page in one piece")
-    add("--data", type=Path, metavar="DIR", help="data set with the frames (default: the one that was evaluated)")
+    add("run_dirs", type=place, nargs="+", metavar="FILE.json", help="what `evaluate` wrote, in the order of the page")
+    add("--out", type=place, required=True, metavar="FILE", help="HTML page in one piece")
+    add("--data", type=place, metavar="DIR", help="data set with the frames (default: the one that was evaluated)")
     return table
 
 
@@ -243,7 +280,7 @@ def _run(argv: list[str]) -> int:
 
 def _overview(table: dict[str, Parser]) -> str:
     """The help text of the whole program."""
-    lines = [f"  {name:<12}{parser.description}" for name, parser in table.items()]
+    lines = [f"  {name:<13}{parser.description}" for name, parser in table.items()]
     return f"""usage: surgery-r1 COMMAND ...
 
 {ABOUT}

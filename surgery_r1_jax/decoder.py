@@ -86,7 +86,7 @@ class Block(nnx.Module):
         self.o = layers.Linear((N, H, D), ("heads", "head", "embed"), inputs=2, **make)
         self.mlp = config.mlp(D, config.intermediate_size, ("embed", "mlp"), **make)
 
-    def __call__(self, x, angle, queries: Queries, remember, prefix: Keys | None = None, chunk: int | None = None):
+    def __call__(self, x, angle, queries: Queries, remember, prefix: Keys | None = None, attend=attention.attend):
         """Run one layer; `remember(key, value)` gives the lane's own keys, new ones included.
 
         Returns the new x and those keys.
@@ -97,15 +97,15 @@ class Block(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = layers.rotate(q, angle), layers.rotate(k, angle)
         own = remember(k, self.v(h))
-        x += self.o(attention.attend(q, queries, own, prefix, chunk))
+        x += self.o(attend(q, queries, own, prefix))
         return x + self.mlp(self.norm2(x)), own
 
 
 class Decoder(nnx.Module):
     """The stack of layers and the final norm."""
 
-    def __init__(self, config: Config, compute: options.Compute, *, rngs):
-        self.config, self.compute = config, compute
+    def __init__(self, config: Config, compute: options.Compute, attend: Callable, *, rngs):
+        self.config, self.compute, self.attend = config, compute, attend
         self.blocks = Block(config, rngs=rngs, stack=config.num_hidden_layers)
         self.norm = layers.RMSNorm(config.hidden_size, rngs=rngs, eps=config.rms_norm_eps)
 
@@ -113,13 +113,12 @@ class Decoder(nnx.Module):
         """Run a prefix and its branches; returns the branches' final vectors [B, J, T, D]."""
         graph, stacked = nnx.split(self.blocks)
         prefix_angle, branch_angle = (angles(s.position, self.config) for s in (prefix, branches))
-        lane_chunk = _lane_chunk(*branches.x.shape[1:3], self.compute.query_chunk)
 
         def layer(carry, xs):
             (p, b), (params, index) = carry, xs
             block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
-            p, made = block(p, prefix_angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
-            b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made), lane_chunk)
+            p, made = block(p, prefix_angle, prefix.queries, _fresh(prefix.queries), attend=self.attend)
+            b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made), self.attend)
             return (_deepened(p, prefix.deep, index), b), None
 
         if self.compute.remat:
@@ -135,7 +134,7 @@ class Decoder(nnx.Module):
         def layer(x, xs):
             params, index = xs
             block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
-            x, own = block(x, angle, prefix.queries, _fresh(prefix.queries), chunk=self.compute.query_chunk)
+            x, own = block(x, angle, prefix.queries, _fresh(prefix.queries), attend=self.attend)
             return _deepened(x, prefix.deep, index), Cache(own.key[:, 0], own.value[:, 0])
 
         _, cache = jax.lax.scan(layer, prefix.x, (stacked, self._indices))
@@ -144,7 +143,8 @@ class Decoder(nnx.Module):
     def extend(self, lanes: Stream, prefix: Cache, prefix_segment_BP, cache: Cache, segment_BJU, slot):
         """Run new lane tokens against the caches, writing their keys at `slot` onwards.
 
-        `segment_BJU` says which lane slots may be seen, the new ones included; time within a lane is its slot.
+        `segment_BJU` says which lane slots may be seen, the new ones included; time within a lane is its slot. Few
+        queries have few scores: attention is XLA's here whatever computes it elsewhere.
         Returns final vectors [B, J, T, D] and the lanes' cache.
         """
         graph, stacked = nnx.split(self.blocks)
@@ -186,11 +186,6 @@ def _deepened(x, deep, index):
         return x
     added = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(index, deep.shape[0] - 1), keepdims=False)
     return x + jnp.where(index < deep.shape[0], added, 0)
-
-
-def _lane_chunk(lanes: int, tokens: int, chunk: int | None) -> int | None:
-    """Queries of each lane at a time, if `chunk` of all lanes may be: the tokens in equal parts, to the next eight."""
-    return chunk and -(-tokens // -(-lanes * tokens // chunk) // 8) * 8
 
 
 def _fresh(queries: Queries):

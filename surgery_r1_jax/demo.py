@@ -170,7 +170,7 @@ def sft_settings(out: Path, base: Path, budget: Budget, seed: int) -> options.SF
         model=str(base),
         seed=seed,
         smoothing_sigma=1.5,
-        data=options.Data(root=str(out / "data"), frames=16, questions=4),
+        data=options.Data(root=str(out / "data"), frames=16, questions=4, buckets=1),
         targets=options.Targets(box_slack=budget.box_slack),
         optimizer=options.Optimizer(
             kind="muon",
@@ -192,7 +192,7 @@ def grpo_settings(out: Path, budget: Budget, seed: int) -> options.GRPO:
         model=str(out / "sft"),
         seed=seed,
         samples=8,
-        data=options.Data(root=str(out / "data"), frames=8, questions=2),
+        data=options.Data(root=str(out / "data"), frames=8, questions=2, buckets=1),
         sampler=options.Sampler(max_tokens=MAX_TOKENS),
         objective=options.Objective(beta=0.0),
         optimizer=options.Optimizer(learning_rate=2e-4, b2=0.99, warmup=0.02, schedule="linear"),
@@ -230,8 +230,8 @@ def warm_up(out: Path, frames, budget: Budget, seed: int) -> Path:
     rest = {name: value for name, value in params.items() if name not in learning}
 
     train = records.split(frames, "train")
-    data = options.Data(root=str(out / "data"), frames=32, questions=99)
-    stream, _ = pipeline.rollouts(train, runner.encoder, data, seed=seed)
+    data = options.Data(root=str(out / "data"), frames=32, questions=99, buckets=1)
+    stream = pipeline.rollouts(train, runner.encoder, data, seed=seed)
     words = word_ids(runner.encoder.chat)
     settings = options.Optimizer(kind="muon", learning_rate=0.015, warmup=0.05, hold=0.5, final=0.1)
     tx = optim.transformation(settings, budget.warmup_steps, learning)

@@ -28,14 +28,18 @@ from surgery_r1_jax import (
     model,
     options,
     pipeline,
+    places,
+    plan,
     programs,
     records,
     run,
     sharding,
 )
+from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.examples import Encoder
 from surgery_r1_jax.lengths import most_tokens
 from surgery_r1_jax.records import Frame
+from surgery_r1_jax.stream import Stream
 
 SMALL = 50_000_000  # parameters up to which the step is compiled to know its memory
 RANK = 64  # of the adapters that a folder is described with: VLM-R1's
@@ -55,22 +59,24 @@ class Lengths(NamedTuple):
 def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     """The `doctor` command on a configuration by its file's name. Raises InputError listing what would stop the run."""
     kind = "GRPO" if isinstance(settings, options.GRPO) else "SFT"
-    print(f"{name}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
     folder = checkpoint.folder_of(settings.model)
-    _require(folder, Path(settings.data.root))
+    _require(folder, [places.fetched(source.root) for source in settings.data.sources])
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
     encoder = hf.encoder_of(folder, architecture)
 
-    _section("model", settings.model, _model_rows(architecture, settings))
     frames, (dev, _) = pipeline.read(settings.data), run.dev_frames(settings.data, settings.evaluation)
-    _section("data", settings.data.root, _data_rows(settings, frames, dev))
+    settings = run.scheduled(settings, frames)
+    print(f"{name}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
+    _section("model", settings.model, _model_rows(architecture, settings))
+    _section("data", settings.data.name, _data_rows(settings, frames, dev))
     lengths = measure(frames, encoder)
-    first = first_batch(settings, frames, encoder)
-    job = programs.Job(settings, architecture, mesh, first)
+    stream = stream_of(settings, frames, encoder)
+    job = programs.Job(settings, architecture, mesh, largest_batch(stream))
     stopping = problem(job)
     _section("tokens", "longest of the training frames", _token_rows(frames, encoder, lengths, job))
-    _section("shapes", "of a batch on all devices", _shape_rows(job))
-    _section("padding", "of the first batch", _padding_rows(first))
+    _section("shapes", "of a batch on all devices, the largest", _shape_rows(job))
+    _section("padding", "of such a batch", _padding_rows(job.batch))
+    _section("buckets", "rows that share a shape", [("", line) for line in stream.plan.lines()])
     _section("boxes", "written and read back", [("mean IoU", f"{lengths.miou:.4f}"), ("lost", f"{lengths.lost}")])
     small = sum(leaf.size for leaf in jax.tree.leaves(job.params)) < SMALL
     exact = small and isinstance(mesh, Mesh) and not stopping
@@ -149,14 +155,17 @@ def measure(frames: Sequence[Frame], encoder: Encoder) -> Lengths:
     return Lengths(prefix, max(prompts), max(completions), lost, float(np.mean(ious or [0.0])))
 
 
-def first_batch(settings: options.SFT | options.GRPO, frames: Sequence[Frame], encoder: Encoder):
-    """The first batch of the run, of all processes: its true shape and padding."""
-    data = settings.data.model_copy(update=dict(threads=1, workers=0))
+def stream_of(settings: options.SFT | options.GRPO, frames: Sequence[Frame], encoder: Encoder) -> Stream:
+    """The batches of the run, of all processes."""
     if isinstance(settings, options.GRPO):
-        stream, _ = pipeline.rollouts(frames, encoder, data, seed=settings.seed)
-        return next(iter(stream))[0]
-    stream, _ = pipeline.training(frames, encoder, data, settings.targets, seed=settings.seed)
-    return next(iter(stream))
+        return pipeline.rollouts(frames, encoder, settings.data, seed=settings.seed)
+    return pipeline.training(frames, encoder, settings.data, settings.targets, seed=settings.seed)
+
+
+def largest_batch(stream: Stream) -> FrameBatch:
+    """One of the largest shape: what the run must have room for."""
+    found = stream[stream.first_of(stream.plan.largest)]
+    return found if isinstance(found, FrameBatch) else found[0]
 
 
 def problem(job: programs.Job) -> str | None:
@@ -207,7 +216,7 @@ def warnings(
         )
     if not any(settings.optimizer.rates.model_dump().values()):
         yield "optimizer.rates are all 0: nothing is trained"
-    if not any(folder.glob("*.safetensors")) and folder == Path(settings.model):
+    if not any(folder.glob("*.safetensors")) and folder == checkpoint.here(settings.model):
         yield f"{folder} has no safetensors weights yet"
     for device in jax.devices()[:1]:
         limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -215,14 +224,15 @@ def warnings(
             yield f"{_gib(needed.peak)} are needed, {_gib(limit)} are there: more devices, smaller batches, or remat"
 
 
-def _require(folder: Path, root: Path) -> None:
+def _require(folder: Path, roots: Sequence[Path]) -> None:
     """Refuse missing files of the model and missing data, both at once."""
     lines = []
     needed = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
     if missing := [name for name in needed if not (folder / name).is_file()]:
         lines.append(f"{folder}: no {', no '.join(missing)}; give a Hugging Face folder of a Qwen-VL model as model")
-    if not root.is_dir():
-        lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
+    for root in roots:
+        if not root.is_dir():
+            lines.append(f"{root}: no such folder; give a data set in the layout of EndoVis-18-VQLA as data.root")
     if lines:
         raise errors.InputError("\n".join(map(errors.printable, lines)))
 
@@ -252,11 +262,11 @@ def _model_rows(architecture: model.Config, settings) -> list[tuple[str, str]]:
 
 def _data_rows(settings, frames: Sequence[Frame], dev: Sequence[Frame]) -> list[tuple[str, str]]:
     """Frames and questions of each split, and what the run takes of them."""
-    every = records.read(settings.data.root, strict=settings.data.strict, boxes=settings.data.boxes)
+    every = pipeline.read_all(settings.data)
     rows = [(name, _counted(members)) for name, members in records.by_split(every).items()]
     rows.append(("trained on", f"{settings.data.split}: {_counted(frames)}"))
     rows.append(("chosen by", f"{settings.evaluation.split}: {_counted(dev)}"))
-    batches = len(pipeline.plan_rows(frames, settings.data.questions)) / settings.data.frames
+    batches = len(plan.plan_rows(frames, settings.data.questions)) / settings.data.frames
     return [*rows, ("passes", f"{settings.schedule.steps / batches:.1f} of {batches:.1f} steps each")]
 
 

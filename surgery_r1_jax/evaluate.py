@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
+    backends,
     checkpoint,
     errors,
     examples,
@@ -25,13 +26,17 @@ from surgery_r1_jax import (
     floors,
     grade,
     hf,
+    images,
     metrics,
     model,
     options,
     pipeline,
+    places,
+    plan,
     records,
     sampling,
     sharding,
+    stream,
     vocabulary,
 )
 from surgery_r1_jax.records import Box, Frame, Record
@@ -44,7 +49,7 @@ class Runner(NamedTuple):
     mesh: jax.sharding.Mesh
     encoder: examples.Encoder
     vocabulary: sampling.Vocabulary
-    shard: pipeline.Shard
+    shard: stream.Shard
 
 
 def runner_of(
@@ -54,15 +59,18 @@ def runner_of(
     compute: options.Compute = options.Compute(),
     graph: nnx.GraphDef | None = None,
     classes: tuple[str, ...] | None = None,
+    pictures: images.Kept | None = None,
 ) -> Runner:
     """Everything but the parameters; a model with adapters brings its own graph."""
     encoder = hf.encoder_of(folder, settings, classes)
-    graph = graph or model.build(settings, compute)[0]
+    if pictures is not None:
+        encoder = dataclasses.replace(encoder, pictures=pictures)
+    graph = graph or model.build(settings, compute, backends.choose(compute, mesh))[0]
     allowed = encoder.chat.allowed(settings.text.vocab_size)
     words = sampling.Vocabulary(
         jax.device_put(allowed, sharding.replicated(mesh)), encoder.chat.stop_id, encoder.chat.pad_id
     )
-    return Runner(graph, mesh, encoder, words, pipeline.Shard(jax.process_index(), jax.process_count()))
+    return Runner(graph, mesh, encoder, words, stream.Shard(jax.process_index(), jax.process_count()))
 
 
 class Given(NamedTuple):
@@ -88,7 +96,7 @@ def predict(
     be read is None. The batch is rounded up to what the mesh divides; `progress` is told (batches done, batches).
     """
     spread = runner.mesh.shape["data"] * runner.mesh.shape["fsdp"]
-    settings = settings.model_copy(update={"frames": pipeline.round_up(settings.frames, spread)})
+    settings = settings.model_copy(update={"frames": plan.round_up(settings.frames, spread)})
     batches, count = pipeline.once(frames, runner.encoder, settings, runner.shard)
     greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     progress = progress or (lambda done, count: None)
@@ -201,7 +209,8 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    out = Path(out).with_suffix("") if Path(out).suffix == ".json" else Path(out)
+    out = places.reached(out)
+    out = out.with_suffix("") if out.suffix == ".json" else out
     targets = [out.with_name(out.name + end) for end in (".json", ".predictions.jsonl")]
     for file in targets:  # before the work, not after it
         if file.is_dir():

@@ -10,7 +10,6 @@ one question, right-aligned, so that all lanes go on at the same slot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +20,6 @@ from surgery_r1_jax.batch import ANSWER, BOTH, BOX, FrameBatch, Gold, Shape
 from surgery_r1_jax.chat import Chat
 from surgery_r1_jax.codec import BoxCodec
 from surgery_r1_jax.records import Box, Frame, Record
-
-# Resized pictures are kept until they hold so many pixels, 3 bytes each; beyond that frames are decoded anew.
-_KEPT_PIXELS = 1 << 27
 
 
 class Branch(NamedTuple):
@@ -46,7 +42,7 @@ class Encoder:
     window_side: int  # merged units along a window's side
     classes: tuple[str, ...] = vocabulary.CLASSES  # the answers there are
     blank: bool = False  # show a grey image instead of the frame: what does the model know without looking?
-    _kept: dict[Path, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
+    pictures: images.Kept = field(default_factory=images.Kept, repr=False, compare=False)
 
     @property
     def system(self) -> str:
@@ -102,8 +98,12 @@ class Encoder:
         """Token ids of a question alone, up to where the model answers."""
         return self.chat.prompt_ids(answer.prompt(record.question, want))
 
-    def training(self, frame: Frame, branches: Sequence[Branch], shape: Shape) -> FrameBatch:
+    def training(
+        self, frame: Frame, branches: Sequence[Branch], shape: Shape, picture: Image.Image | None = None
+    ) -> FrameBatch:
         """An example for teacher forcing: branches packed into lanes, completion tokens scored.
+
+        `picture` is shown in place of the frame's own.
 
         Raises: InputError naming the frame where its branches do not fit into the shape.
         """
@@ -111,7 +111,7 @@ class Encoder:
         lanes = pack([len(branch) for branch in branches], shape.lane_tokens)
         _fit(frame.id, "lanes", len(lanes), shape.lanes)
         _fit(frame.id, "scored tokens", sum(len(branch.completion) for branch in branches), shape.scored)
-        prefix, next_pos = self._prefix(frame, shape)
+        prefix, next_pos = self._prefix(frame, shape, picture)
         ids, pos, segment = self._empty_lanes(shape)
         slots, targets = [], []
         for j, members in enumerate(lanes):
@@ -136,15 +136,18 @@ class Encoder:
             score_weight_BL=_padded(np.ones(len(targets), np.float32), shape.scored),
         )
 
-    def prompts(self, frame: Frame, number: int, chosen: Sequence[int], shape: Shape) -> tuple[FrameBatch, Gold]:
+    def prompts(
+        self, frame: Frame, number: int, chosen: Sequence[int], shape: Shape, picture: Image.Image | None = None
+    ) -> tuple[FrameBatch, Gold]:
         """An example for rollout: the chosen records' questions, one a lane, right-aligned, and their gold.
 
-        Raises: InputError naming the frame where its questions do not fit into the shape.
+        `picture` is shown in place of the frame's own. Raises: InputError naming the frame where its questions do not
+        fit into the shape.
         """
         questions = [self.prompt(frame.records[index], wanted(frame.records[index])) for index in chosen]
         _fit(frame.id, "questions", len(questions), shape.lanes)
         _fit(frame.id, "tokens of a question", max(map(len, questions), default=0), shape.lane_tokens)
-        prefix, next_pos = self._prefix(frame, shape)
+        prefix, next_pos = self._prefix(frame, shape, picture)
         ids, pos, segment = self._empty_lanes(shape)
         gold = batch.padding_gold(shape.lanes)
         for q, (index, tokens) in enumerate(zip(chosen, questions, strict=True)):
@@ -196,20 +199,21 @@ class Encoder:
         ]
         return fields, next_pos
 
-    def _prefix(self, frame: Frame, shape: Shape) -> tuple[list[np.ndarray], int]:
-        return self.prefix(frame.id, [self.preprocessor.patches(self._picture(frame))], shape)
-
-    def _picture(self, frame: Frame) -> Image.Image:
-        """What the model is shown; the resized pictures of small frames are kept, so that each is decoded once."""
+    def picture(self, frame: Frame) -> Image.Image:
+        """What the model is shown, in its final size; kept while there is room, so that each is decoded once."""
         if self.blank:
             return images.blank(frame.width, frame.height)
-        if (picture := self._kept.get(frame.image)) is None:
+        if (picture := self.pictures.get(frame.image)) is None:
             picture = images.load(frame.image)
             size = self.preprocessor.resized(*picture.size)
             # What has this size already is not resized again, unless it is so narrow that it has no final size.
-            if self.preprocessor.resized(*size) == size and len(self._kept) * size[0] * size[1] < _KEPT_PIXELS:
-                picture = self._kept[frame.image] = picture.resize(size, Image.Resampling.BICUBIC)
+            if self.preprocessor.resized(*size) == size:
+                picture = picture.resize(size, Image.Resampling.BICUBIC)
+                self.pictures.add(frame.image, picture)
         return picture
+
+    def _prefix(self, frame: Frame, shape: Shape, picture: Image.Image | None = None) -> tuple[list[np.ndarray], int]:
+        return self.prefix(frame.id, [self.preprocessor.patches(picture or self.picture(frame))], shape)
 
     def _empty_lanes(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Token ids, positions and segments [J, T] without any branch."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from surgery_r1_jax import places
 from surgery_r1_jax.errors import InputError, printable
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -21,7 +22,12 @@ _SUM = re.compile(
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text beside the path and rename it, so that a killed program leaves no half file."""
-    path = Path(path)
+    path = places.place(path)
+    if places.remote(path):
+        with places.scratch() as folder:
+            (folder / path.name).write_text(text, encoding="utf-8", newline="\n")
+            places.put(folder / path.name, path)
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
@@ -36,11 +42,16 @@ def write_json(path: str | Path, value: object) -> None:
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill beside `out`, which takes its name at the end; nothing is left of it after an error.
 
-    Raises: InputError where `out` holds files already.
+    One for a bucket is filled on this disk and put there. Raises: InputError where `out` holds files already.
     """
-    out = Path(out)
+    out = places.reached(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: already exists and is not an empty folder; give a new one")
+    if places.remote(out):
+        with places.scratch() as folder:
+            yield folder
+            places.put_folder(folder, out)
+        return
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

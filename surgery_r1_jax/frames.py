@@ -22,12 +22,13 @@ class Frame:
 
     id: str  # "seq_2/frame000"
     sequence: str  # "seq_2"; "seq2" in EndoVis-17
-    image: Path
+    image: Path  # or what can be read like one: prepared.Stored
     width: int
     height: int
     records: tuple[Record, ...]
     split: str | None = None  # train, dev, val or external; None where the sequence tells it
     classes: tuple[str, ...] = vocabulary.CLASSES  # the answers of its data set
+    source: int = 0  # which of the data sets that a run draws from it is of
 
     @property
     def organ_box(self) -> Box | None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from surgery_r1_jax import (
     advantages,
-    checkpoint,
+    backends,
     errors,
     evaluate,
+    flops,
     grade,
     log,
     lora,
@@ -28,11 +29,14 @@ from surgery_r1_jax import (
     optim,
     options,
     pipeline,
+    places,
     rewards,
     run,
     sampling,
+    saves,
     scoring,
     sharding,
+    speed,
 )
 from surgery_r1_jax.batch import FrameBatch
 
@@ -169,9 +173,8 @@ def update(graph, tx, settings: options.GRPO, state: optim.TrainState, frozen, e
     return state, stats | more | {"loss": loss}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def update_step(graph, tx, settings: options.GRPO, state, frozen, experience: Experience, allowed_V, part):
-    """One optimiser step on minibatch number `part` of a rollout; the state is given away."""
+    """One optimiser step on minibatch number `part` of a rollout."""
 
     def cut(x):
         return jax.lax.dynamic_index_in_dim(x.reshape(-1, settings.minibatches, *x.shape[1:]), part, 1, keepdims=False)
@@ -179,22 +182,27 @@ def update_step(graph, tx, settings: options.GRPO, state, frozen, experience: Ex
     return update(graph, tx, settings, state, frozen, jax.tree.map(cut, experience), allowed_V)
 
 
-def sample(runner: evaluate.Runner, settings: options.GRPO, params, prompts, gold, key):
+def sample(runner: evaluate.Runner, settings: options.GRPO, params, prompts, gold, key, clock: speed.Clock):
     """Draw, grade and judge the completions of a batch; flat groups are drawn anew as often as configured.
 
-    Returns the rollout, its grading, rewards, advantages, loss mask and statistics.
+    Returns the rollout, the lengths of its completions on the host, its grading, rewards, advantages, loss mask and
+    statistics.
     """
     numbers = sharding.put_batch((gold.frame_B, gold.record_BQ), runner.mesh)
-    drawn = roll_out(runner.graph, settings, params, prompts, key, numbers, runner.vocabulary)
+    draw = lambda key: roll_out(runner.graph, settings, params, prompts, key, numbers, runner.vocabulary)  # noqa: E731
+    with clock.lap("rollout"):
+        drawn = draw(key)
     for attempt in range(settings.resample_flat + 1):
-        tokens, stopped = sharding.local_rows((drawn.tokens_BJT, drawn.stopped_BJ))
-        graded = grade.grade(tokens, stopped, gold, runner.encoder, settings.samples)
-        judged = judge(settings, sharding.put_batch(graded.judged, runner.mesh), drawn)
-        if attempt == settings.resample_flat or not float(judged[3]["flat_groups"]):
-            return drawn, graded, *judged
-        anew = jax.random.fold_in(key, attempt + 1)
-        again = roll_out(runner.graph, settings, params, prompts, anew, numbers, runner.vocabulary)
-        drawn = _replace_flat(drawn, again, judged[1].flat_BQ, settings.samples)
+        with clock.lap("rollout"):
+            tokens, mask, stopped = sharding.local_rows((drawn.tokens_BJT, drawn.mask_BJT, drawn.stopped_BJ))
+        with clock.lap("reward"):
+            graded = grade.grade(tokens, stopped, gold, runner.encoder, settings.samples)
+            judged = judge(settings, sharding.put_batch(graded.judged, runner.mesh), drawn)
+            if attempt == settings.resample_flat or not float(judged[3]["flat_groups"]):
+                return drawn, mask.sum(-1), graded, *judged
+        with clock.lap("rollout"):
+            again = draw(jax.random.fold_in(key, attempt + 1))
+            drawn = _replace_flat(drawn, again, judged[1].flat_BQ, settings.samples)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -204,39 +212,48 @@ def _replace_flat(drawn, again, flat_BQ, samples: int):
     return jax.tree.map(choose, drawn, again)
 
 
-def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> dict:
-    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    out, plan = Path(out), settings.schedule
-    frames = pipeline.read(settings.data)
+def train(
+    settings: options.GRPO, out: str | Path, *, resume: bool = False, profile: tuple[int, int] | None = None
+) -> dict:
+    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics.
+
+    `profile` names the first and the last step to trace.
+    """
+    out, frames = places.run_folder(out), pipeline.read(settings.data)
+    settings = run.scheduled(settings, frames)
+    plan = settings.schedule
     rewards.require_places(settings.reward, frames[0].classes)
     held_against = settings.objective.beta > 0
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes, reference=held_against)
     runner, allowed_V = setup.runner, setup.runner.vocabulary.allowed_V
 
-    stream, _ = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
-    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
-    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order)
+    stream = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
+    data_hash = run.fingerprint(frames, runner.shard, settings.seed, stream.plan, settings.data.augment)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
     reference = (setup.frozen or frozen_copy(setup.params, settings.compute.dtype)) if held_against else None
     reference_hash = setup.start if reference is not None else None
-    reference_graph, _ = model.build(setup.model, settings.compute)
+    attend = backends.choose(settings.compute, runner.mesh)
+    reference_graph, _ = model.build(setup.model, settings.compute, attend)
     steps = plan.steps * settings.updates * settings.minibatches
     tx = optim.transformation(settings.optimizer, steps, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
     shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), shardings)
-    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
+    saved, first, scores = saves.Checkpoints(out), 0, {}
     if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)
         if restored.meta["reference"] != reference_hash:
             raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
-        state, first = restored.state, restored.meta["step"]
+        state, first = restored.state, restored.step
 
+    run.check_profile(profile, first + 1, plan)
     key = jax.random.key(settings.seed)
+    cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
+    counted = dict(most=settings.sampler.max_tokens, updates=settings.updates, reference=held_against)
     with (
         run.StopSignal() as stop,
         log.RunLog(
@@ -247,31 +264,38 @@ def train(settings: options.GRPO, out: str | Path, *, resume: bool = False) -> d
             enabled=jax.process_index() == 0,
             tensorboard=plan.tensorboard,
         ) as journal,
+        stream.starting(first, lambda pair: (sharding.put_batch(pair[0], runner.mesh), *pair)) as data,
+        speed.Clock(runner.mesh.devices) as clock,
+        run.Steps(out, first + 1, plan, journal, clock, profile) as steps,
     ):
-        for step in range(first + 1, plan.steps + 1):
-            host_prompts, gold = next(data)
-            prompts = sharding.put_batch(host_prompts, runner.mesh)
+        for line in stream.plan.lines():
+            journal.say(line)
+        for step in steps:
+            with clock.lap("data_wait"):
+                prompts, host_prompts, gold = next(data)
             policy = model.joined(setup.frozen, state.params)
-            drawn, graded, earned, compared, mask_BJT, stats = sample(
-                runner, settings, policy, prompts, gold, jax.random.fold_in(key, step)
+            drawn, length_BJ, graded, earned, compared, mask_BJT, stats = sample(
+                runner, settings, policy, prompts, gold, jax.random.fold_in(key, step), clock
             )
-            batch = lay_out(prompts, drawn, settings.samples)
-            ref_logp = jnp.zeros_like(drawn.logp_BJT)
-            if reference is not None:
-                ref_logp = reference_logp(reference_graph, settings, reference, batch, allowed_V)
-            experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
-            for part in list(range(settings.minibatches)) * settings.updates:
-                state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
-            stats |= more
-            if step % plan.log_every == 0 or step == plan.steps:
-                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
-            stopping = stop.at(step) and step < plan.steps
-            if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
-                journal.table(step, completions(graded, earned, frames, gold, settings))
-                scores = dev.score(step, state.params, journal)
-            run.check_sound(step, stats, plan)
-            if stopping or step == plan.steps or step % plan.save_every == 0:
-                saved.save(step, state, data, {"step": step, "data": data_hash, "reference": reference_hash})
+            with clock.lap("update"):
+                batch = lay_out(prompts, drawn, settings.samples)
+                ref_logp = jnp.zeros_like(drawn.logp_BJT)
+                if reference is not None:
+                    ref_logp = reference_logp(reference_graph, settings, reference, batch, allowed_V)
+                experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
+                for part in list(range(settings.minibatches)) * settings.updates:
+                    state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
+                steps.dispatched(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
+                steps.settle()  # the next rollout needs this update anyway
+            stopping = stop.now() and step < plan.steps
+            if plan.evaluates(step):
+                with clock.lap("evaluation"):
+                    journal.table(step, completions(graded, earned, frames, gold, settings))
+                    scores = dev.score(step, state.params, journal)
+            if stopping or plan.saves(step):
+                with clock.lap("checkpoint"):
+                    journal.keep()
+                    saved.save(step, state, {"data": data_hash, "reference": reference_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()
@@ -286,7 +310,8 @@ def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, set
     for b, number in enumerate(gold.frame_B):
         for q in np.flatnonzero(gold.valid_BQ[b]):
             record, j = frames[number].records[gold.record_BQ[b, q]], q * settings.samples
-            row = dict(frame=frames[number].id, question=record.question, answer=record.answer)
+            answer = frames[number].classes[gold.answer_BQ[b, q]]  # the record's, unless the frame was mirrored
+            row = dict(frame=frames[number].id, question=record.question, answer=answer)
             row |= dict(completion=graded.texts[b][j], reason=graded.parsed[b][j].reason.name)
             rows.append(row | {name: float(term[b, j]) for name, term in terms._asdict().items()})
     return rows[: settings.table_rows]

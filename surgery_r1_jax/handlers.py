@@ -6,8 +6,10 @@ status, or None for 0.
 
 import argparse
 import os
+import types
 from pathlib import Path
 
+from surgery_r1_jax import hosts, launchers
 from surgery_r1_jax.errors import InputError
 
 
@@ -20,6 +22,13 @@ def start_devices() -> None:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
+
+
+def start_together(args: argparse.Namespace) -> None:
+    """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
+    place = launchers.find(args.coordinator, args.processes, args.process_id)
+    start_devices()
+    hosts.join(place, args.join_timeout)
 
 
 def demo(args: argparse.Namespace) -> int | None:
@@ -98,6 +107,14 @@ def data_export(args: argparse.Namespace) -> int | None:
     return conversations.run(args.source, args.out, **how)
 
 
+def augment(args: argparse.Namespace) -> None:
+    """`data augment`."""
+    from surgery_r1_jax import options, sheet
+
+    sheet.write(options.load(args.config, args.overrides), args.out, count=args.frames)
+    print(f"{args.out}: frames as the run may see them")
+
+
 def init(args: argparse.Namespace) -> None:
     """`init`."""
     start_devices()
@@ -111,10 +128,10 @@ def sft(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import sft
 
-    sft.train(settings, args.out, resume=args.resume)
+    _train(sft, settings, args)
 
 
 def grpo(args: argparse.Namespace) -> None:
@@ -122,15 +139,29 @@ def grpo(args: argparse.Namespace) -> None:
     from surgery_r1_jax import config, options
 
     settings = config.load(options.GRPO, args.config, args.overrides)
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import grpo
 
-    grpo.train(settings, args.out, resume=args.resume)
+    _train(grpo, settings, args)
+
+
+def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> None:
+    """Begin a run or go on with it; with `--resume auto` whichever it is, and nothing where all steps are done."""
+    resume = args.resume
+    if resume == "auto":
+        from surgery_r1_jax import run
+
+        step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
+        if step is not None and steps is not None and step >= steps:
+            print(f"{args.out}: all of its {step} steps are done")
+            return
+        resume = step is not None
+    program.train(settings, args.out, resume=resume, profile=args.profile)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:
     """`evaluate`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import evaluate
 
     return evaluate.run(
@@ -160,10 +191,10 @@ def export(args: argparse.Namespace) -> None:
 
 def import_folder(args: argparse.Namespace) -> None:
     """`import`."""
-    start_devices()
+    start_together(args)
     from surgery_r1_jax import checkpoint, log
 
-    with log.byte_bar("importing") as tell:
+    with log.byte_bar("importing", enabled=hosts.first()) as tell:
         folder = checkpoint.import_folder(args.hf_dir, args.out, dtype=args.dtype, tell=tell)
     print(f"{args.hf_dir} written to {folder}")
 

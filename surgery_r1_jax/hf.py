@@ -8,17 +8,14 @@ remote code.
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 
 from surgery_r1_jax import (
     chat,
@@ -29,12 +26,14 @@ from surgery_r1_jax import (
     folders,
     images,
     model,
+    placement,
+    places,
     tensors,
     vision,
     vocabulary,
     weights,
 )
-from surgery_r1_jax.weights import Form, turned
+from surgery_r1_jax.weights import Form
 
 CLASSES = "classes.json"
 # Everything beside the weights that makes the folder usable elsewhere; copied as it is.
@@ -73,7 +72,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """Say in a model's folder which answers it is trained on."""
-    files.write_json(Path(folder) / CLASSES, classes)
+    files.write_json(places.place(folder) / CLASSES, classes)
 
 
 def read_config(folder: Path) -> model.Config:
@@ -123,7 +122,8 @@ def encoder_of(folder: Path, settings: model.Config, classes: tuple[str, ...] | 
     )
 
 
-Take = Callable[[list[str]], jax.Array]  # gives a parameter by its path
+READERS = 2  # tensors read, checked and turned at once
+Take = Callable[[list[str]], jax.Array | np.ndarray]  # gives a parameter by its path
 Tell = Callable[[str, int, int], None]  # is told of a tensor, and how many bytes of how many are done
 
 
@@ -141,27 +141,32 @@ def read_params(
 ) -> dict:
     """Parameters of a folder as a nested dict of arrays, placed by `shardings` where given.
 
-    Tensor by tensor onto the devices: beside them the host holds one tensor. Raises: InputError naming file and tensor
-    for anything missing, left over, of another shape, not a float, or not finite.
+    Beside the devices' parts, of accelerators those of one parameter, the host holds the `READERS` tensors that are
+    being read. Raises: InputError naming file and tensor for anything missing, left over, of another shape, not a
+    float, or not finite.
     """
-    folder, names = Path(folder), families.of(config).names
-    _, abstract = model.build(config)
-    params = {}
+    folder = Path(folder)
     stored = tensors.opened(folder, weights.plain)
     count = _Counter(tell, sum(path.stat().st_size for path in {each.path for each in stored.values()}))
-    for path, variable in nnx.to_flat_state(abstract):
-        where, shape = ".".join(path), variable.get_value().shape
-        (name, form), here = names[where], None if shardings is None else at(shardings, path)
 
-        def read(name, shape, form=form, where=where):
-            value = _tensor(folder, stored, where, name, form, shape, config.vision)
-            return count(name, value.astype(tensors.DTYPES[dtype], copy=False))
+    def parameter(path, shape):
+        where, here = ".".join(path), None if shardings is None else at(shardings, path)
+        name, form = families.of(config).names[where]
+        parts = placement.Parts(shape, tensors.DTYPES[dtype], here)
 
-        if "{i}" in name:
-            layers = (read(name.format(i=i), shape[1:]) for i in range(shape[0]))
-            params[path] = _stacked(layers, shape, tensors.DTYPES[dtype], here)
-        else:
-            params[path] = spread(read(name, shape), here)
+        def read(layer):
+            of_layer = (name, shape) if layer is None else (name.format(i=layer), shape[1:])
+            value, size = _tensor(folder, stored, where, form, *of_layer, config.vision)
+            parts.fill(value, layer)
+            return of_layer[0], size
+
+        for done in readers.map(read, range(shape[0]) if "{i}" in name else [None]):
+            count(*done)
+        return parts.array()
+
+    with ThreadPoolExecutor(READERS) as readers:
+        variables = nnx.to_flat_state(model.build(config)[1])
+        params = {path: parameter(path, variable.get_value().shape) for path, variable in variables}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if left_over := sorted(stored):
@@ -196,19 +201,24 @@ def write_parameters(
         layout = file_layout(config)
         total = sum(math.prod(shape) for _, shape in layout) * np.dtype(tensors.DTYPES[dtype]).itemsize
         count = _Counter(tell, total)
-        values = (count(name, value) for name, value in file_tensors(take, config, tensors.DTYPES[dtype]))
-        tensors.write(part, layout, values, dtype, max_shard_bytes)
+
+        def values():
+            for name, value in file_tensors(take, config, tensors.DTYPES[dtype]):
+                count(name, value.nbytes)
+                yield value
+
+        tensors.write(part, layout, values(), dtype, max_shard_bytes)
         copy_side_files(Path(source), part, dtype=dtype)
         if card is not None:
             (part / "README.md").write_text(card, "utf-8")
-    return Path(out)
+    return out
 
 
 def copy_side_files(source: Path, out: Path, *, dtype: str | None = None) -> None:
     """Copy configuration, tokenizer and preprocessor files; the config's dtype follows the weights'."""
     for name in SIDE_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            places.put(source / name, out / name)
     if dtype is not None:
         config = json.loads((out / "config.json").read_text("utf-8"))
         key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers' spelling before and since 4.56
@@ -227,25 +237,37 @@ def file_layout(config: model.Config) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def file_tensors(take: Take, config: model.Config, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the files, one after the other; of a stack on a device the host holds a layer.
+    """The tensors of the files, one after the other.
 
-    A parameter is taken while the one before it is being turned and written.
+    A parameter is taken to the host, and a layer laid out, while the one before it is being written.
     """
     rows = list(_rows(config))
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(take, rows[0][0])
-        for (_, name, form), after in zip(rows, [*rows[1:], None], strict=True):
-            value = coming.result()
-            coming = after and ahead.submit(take, after[0])
-            yield from _file_layers(value, name, form, config, dtype)
+    taken = _ahead(functools.partial(lambda where: np.asarray(take(where)), where) for where, _, _ in rows)
+
+    def layers():
+        for (_, name, form), value in zip(rows, taken, strict=True):
+            each = [(name.format(i=i), value[i]) for i in range(len(value))] if "{i}" in name else [(name, value)]
+            for file_name, layer in each:
+                yield functools.partial(_in_file, file_name, layer, form, config, dtype)
+
+    return _ahead(layers())
 
 
-def _file_layers(value, name: str, form: Form, config: model.Config, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """A parameter as tensors of the files."""
-    layers = ((name.format(i=i), value[i]) for i in range(len(value))) if "{i}" in name else [(name, value)]
-    for file_name, layer in layers:
-        in_file = form.to_file(np.asarray(jax.device_get(layer)), config.vision).astype(dtype, copy=False)
-        yield file_name, turned(in_file.T) if in_file.ndim == 2 else np.ascontiguousarray(in_file)
+def _ahead(jobs: Iterable[Callable]) -> Iterator:
+    """The results of jobs, in order; a thread works on the next one meanwhile."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = None
+        for job in jobs:
+            done, coming = coming, worker.submit(job)
+            if done is not None:
+                yield done.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def _in_file(name: str, value: np.ndarray, form: Form, config: model.Config, dtype) -> tuple[str, np.ndarray]:
+    """A parameter or a layer of it as a tensor of the files, with its name."""
+    return name, placement.laid(form.to_file(value, config.vision).astype(dtype, copy=False))
 
 
 def _rows(config: model.Config) -> Iterator[tuple[list[str], str, Form]]:
@@ -261,56 +283,36 @@ def _file_shape(form: Form, shape: tuple, tower: vision.Config) -> tuple[int, ..
 
 
 class _Counter:
-    """Passes values on and tells how many bytes have passed."""
+    """Tells how many bytes have passed."""
 
     def __init__(self, tell: Tell, total: int):
         self._tell, self._done, self._total = tell, 0, total
 
-    def __call__(self, name: str, value: np.ndarray) -> np.ndarray:
-        self._done += value.nbytes
+    def __call__(self, name: str, size: int) -> None:
+        self._done += size
         self._tell(name, self._done, self._total)
-        return value
 
 
 def _tensor(
     folder: Path,
     stored: dict[str, tensors.Stored],
     where: str,
-    name: str,
     form: Form,
+    name: str,
     shape: tuple,
     tower: vision.Config,
-) -> np.ndarray:
-    """A tensor in our form, struck off the list."""
+) -> tuple[np.ndarray, int]:
+    """A tensor in our form and its bytes in the file; struck off the list."""
     found = stored.pop(weights.plain(name), None)
     if found is None:
         raise errors.InputError(f"{folder}: tensor '{name}' is missing (parameter {where}); copy the checkpoint again")
     wanted = _file_shape(form, shape, tower)
     swapped = (*wanted[:-2], *wanted[:-3:-1])
     if form.or_swapped and found.shape == list(swapped) != list(wanted):
-        return form.from_file(tensors.numbers(found, swapped).swapaxes(-1, -2), shape)
-    return form.from_file(tensors.numbers(found, wanted), shape)
-
-
-def _stacked(layers: Iterable[np.ndarray], shape: tuple, dtype, sharding: NamedSharding | None) -> jax.Array:
-    """Layers one after the other into their stack on the devices."""
-    of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack = jnp.zeros(shape, dtype, device=sharding)
-    for i, layer in enumerate(layers):
-        stack = _put(stack, spread(layer, of_layer), i)
-    return stack
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-
-
-def spread(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """An array on all devices of all processes, each of which holds the whole value; or on the first device."""
-    if sharding is None:
-        return jax.device_put(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+        read = tensors.numbers(found, swapped).swapaxes(-1, -2)
+    else:
+        read = tensors.numbers(found, wanted)
+    return form.from_file(read, shape), read.nbytes
 
 
 def at(tree: dict, path):

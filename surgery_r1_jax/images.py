@@ -10,6 +10,7 @@ Source of the preprocessing: transformers:models/qwen2_vl/image_processing_pil_q
 import json
 import math
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from surgery_r1_jax.errors import InputError, one_line, printable
+from surgery_r1_jax.prepared import Stored
 
 MAX_PIXELS = 4096 * 4096  # refused from the header above this; a 1280x1024 frame is a twelfth of it
 MAX_ASPECT = 200
@@ -39,7 +41,7 @@ _NAMED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 
 
-def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
+def load(path: str | Path | Stored, *, root: str | Path | None = None) -> Image.Image:
     """Read one picture as upright 8-bit RGB.
 
     With `root`, a relative path starts there and the file, links followed, must lie inside.
@@ -48,12 +50,13 @@ def load(path: str | Path, *, root: str | Path | None = None) -> Image.Image:
     return read(path, root=root)[0]
 
 
-def read(path: str | Path, *, root: str | Path | None = None) -> tuple[Image.Image, list[str]]:
+def read(path: str | Path | Stored, *, root: str | Path | None = None) -> tuple[Image.Image, list[str]]:
     """As `load`, and in words what the reading rule had to change about the picture; most often nothing."""
     name = printable(path)
-    file = _regular_file(path, root)
+    stored = isinstance(path, Stored)
+    file = path if stored else _regular_file(path, root)
     try:
-        with Image.open(file, formats=("PNG", "JPEG")) as image:  # reads the header only
+        with Image.open(file.open() if stored else file, formats=("PNG", "JPEG")) as image:  # reads the header only
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(f"{name}: {width}x{height} is over {MAX_PIXELS} pixels; scale it down first")
@@ -108,7 +111,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _changes(image: Image.Image, file: Path, deep: bool) -> Iterator[str]:
+def _changes(image: Image.Image, file: Path | Stored, deep: bool) -> Iterator[str]:
     """What `_upright` and `_rgb` change about a decoded picture; `deep` says that it had 16 bits a channel."""
     if image.format != _NAMED.get(file.suffix.lower()):
         yield f"{image.format} data under the name {file.suffix or 'of no kind'}; read as what it is"
@@ -120,6 +123,31 @@ def _changes(image: Image.Image, file: Path, deep: bool) -> Iterator[str]:
         yield "CMYK; made RGB"
     if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
         yield "transparent pixels; laid on black"
+
+
+class Kept:
+    """Decoded pictures by their files, until they hold `gib` GiB; sent to another process it starts there empty."""
+
+    def __init__(self, gib: float = 0.375):
+        self.gib = gib
+        self._pictures: dict[Path | Stored, Image.Image] = {}
+        self._room = int(gib * 2**30)
+        self._adding = threading.Lock()
+
+    def __reduce__(self):
+        return Kept, (self.gib,)
+
+    def get(self, file: Path | Stored) -> Image.Image | None:
+        """The picture, if it is here."""
+        return self._pictures.get(file)
+
+    def add(self, file: Path | Stored, picture: Image.Image) -> None:
+        """Keep an RGB picture if there is room."""
+        size = 3 * picture.width * picture.height
+        with self._adding:
+            if size <= self._room and file not in self._pictures:
+                self._pictures[file] = picture
+                self._room -= size
 
 
 @dataclass(frozen=True)

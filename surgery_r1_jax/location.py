@@ -1,6 +1,7 @@
 """What left, right, top and bottom mean in a data set: a rule that is fitted to its labels, never assumed."""
 
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,14 @@ from surgery_r1_jax.records import Box, Frame
 REFERENCES = ("organ", "image")
 TOPS = ("larger_y", "smaller_y")
 
+SETTLED = 0.9  # of the location answers must follow the rule for it to be believed
+
+ACROSS = {"left": "right", "leftmost": "rightmost", "leftward": "rightward", "leftwards": "rightwards"}
+DOWN = {"top": "bottom", "topmost": "bottommost", "upper": "lower", "uppermost": "lowermost", "above": "below"}
+ACROSS |= {other: word for word, other in ACROSS.items()}
+DOWN |= {other: word for word, other in DOWN.items()}
+
+_WORD = re.compile("[A-Za-z]+")
 _TIE = 1e-9  # centres closer than this are equal; pixels are 1e-3 apart
 
 
@@ -55,8 +64,24 @@ def fit(frames: Iterable[Frame]) -> tuple[LocationRule, float, int]:
     return rules[agreed.index(best)], best / max(len(cases), 1), len(cases)
 
 
-def flip_location(answer: str) -> str:
-    """The answer after a left-right mirroring of the frame; answers other than locations stay."""
-    side, dash, height = answer.partition("-")
-    mirrored = {"left": "right", "right": "left"}.get(side, side)
-    return mirrored + dash + height
+def settled(frames: Iterable[Frame]) -> LocationRule | None:
+    """The fitted rule; None where so many location answers contradict it that they may mean something else."""
+    rule, agreed, _ = fit(frames)
+    return rule if agreed >= SETTLED else None
+
+
+def words(text: str) -> set[str]:
+    """The words of a text or a class name in small letters."""
+    return set(_WORD.findall(text.lower()))
+
+
+def mirrored(text: str, *, across: bool = False, down: bool = False) -> str:
+    """The text about a frame that is mirrored left-right (`across`), top-bottom (`down`) or both; case is kept."""
+    swaps = (ACROSS if across else {}) | (DOWN if down else {})
+
+    def swap(found: re.Match) -> str:
+        word = found[0]
+        other = swaps.get(word.lower(), word)
+        return other.capitalize() if word.istitle() else other.upper() if word.isupper() else other
+
+    return _WORD.sub(swap, text) if swaps else text

@@ -39,6 +39,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from surgery_r1_jax import places
 from surgery_r1_jax.errors import InputError, printable
 
 LIVE = (
@@ -50,6 +51,8 @@ LIVE = (
     "grad_norm",
 )  # shown beside the bar, the first few present
 MAX_LIVE = 4
+KEEP_EVERY_S = 30.0  # a bucket gets the log at least so often, if anything is logged
+RATES = {"speed/tokens_per_s": "{:,.0f} tokens/s", "speed/mfu": "MFU {:.0%}"}  # shown behind the pace
 MAX_CELL = 600  # characters of a completion shown in the terminal; the file holds all of it
 
 
@@ -75,7 +78,7 @@ class RunLog:
         plain_every_s: float = 30.0,
         console: Console | None = None,
     ):
-        self.directory = Path(directory)
+        self.directory = places.place(directory)
         self.total_steps = total_steps
         self.description = description
         self.resume_step = resume_step
@@ -111,6 +114,17 @@ class RunLog:
                 if number is not None:
                     self._writer.add_scalar(f"{split}/{name}", number, step)
         self._show(step, numbers, split)
+        if self._mirror and time.monotonic() >= self._next_keep_s:
+            self.keep()
+
+    def keep(self) -> None:
+        """See that what was logged is where the checkpoints are; to be called before one is saved.
+
+        A run folder on a bucket gets its log at such times, and at the end, for objects cannot be appended to.
+        """
+        if self.enabled and self._mirror:
+            self._mirror.put()
+            self._next_keep_s = time.monotonic() + KEEP_EVERY_S
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]], title: str = "completions") -> None:
         """Print sampled completions with their rewards, a dict each, and append them to `completions.jsonl`."""
@@ -142,7 +156,13 @@ class RunLog:
     def _open(self, stack: ExitStack) -> None:
         """Mend or make the files, note the start of a session, show the bar."""
         step = max(self.resume_step or 0, 0)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._here, self._mirror, self._next_keep_s = self.directory, None, 0.0
+        if places.remote(self.directory):
+            self._here = stack.enter_context(places.scratch())
+            self._mirror = places.Mirror(self._here, self.directory)
+            self._mirror.bring(f"{name}.jsonl" for name in ("metrics", "completions", "sessions"))
+            stack.callback(self.keep)
+        self._here.mkdir(parents=True, exist_ok=True)
         kept_s, lost_s, down_s = self._mend()
         self._started, self._kept_s = time.monotonic(), kept_s
         self._first: tuple[int, float] | None = None  # step and time of this session's first line
@@ -154,7 +174,7 @@ class RunLog:
         self._completions_file = stack.enter_context(self._file("completions"))
         self._writer = None
         if self._writer_class:
-            folder = str(self.directory / "tensorboard")
+            folder = str(self._here / "tensorboard")
             self._writer = self._writer_class(folder, purge_step=step + 1 if step else None, flush_secs=10)
             stack.callback(self._writer.close)
         self._progress: Progress | None = None
@@ -166,22 +186,23 @@ class RunLog:
 
     def _mend(self) -> tuple[float, float, float]:
         """Cut the files of an earlier session back to the resumed step; its seconds kept, lost and down."""
-        path = self.directory / "metrics.jsonl"
+        path = self._here / "metrics.jsonl"
         if not path.exists():
             return 0.0, 0.0, 0.0
         if self.resume_step is None:
-            raise InputError(f"{path}: this run exists already; add --resume, or choose another --out")
+            there = self.directory / path.name
+            raise InputError(f"{there}: this run exists already; add --resume, or choose another --out")
         last_sign_of_life = path.stat().st_mtime
         kept, dropped = _truncate(path, self.resume_step)
-        _truncate(self.directory / "completions.jsonl", self.resume_step)
-        _truncate(self.directory / "sessions.jsonl", math.inf)
+        _truncate(self._here / "completions.jsonl", self.resume_step)
+        _truncate(self._here / "sessions.jsonl", math.inf)
         kept_s = kept[-1]["elapsed_s"] if kept else 0.0
         lost_s = dropped[-1]["elapsed_s"] - kept_s if dropped else 0.0
         return kept_s, max(0.0, lost_s), max(0.0, time.time() - last_sign_of_life)
 
     def _file(self, name: str) -> BinaryIO:
         """One of the run's files, open at its end."""
-        return open(self.directory / f"{name}.jsonl", "ab")
+        return open(self._here / f"{name}.jsonl", "ab")
 
     def _elapsed_s(self) -> float:
         """Seconds of work in the run, earlier sessions included."""
@@ -194,7 +215,8 @@ class RunLog:
         if split != "train":
             self.say(" | ".join([f"{self.description} {step}/{self.total_steps} {split}", *live]))
             return
-        status = [*self._pace(step, now), *live]
+        rates = [form.format(numbers[name]) for name, form in RATES.items() if numbers.get(name) is not None]
+        status = [*self._pace(step, now), *rates, *live]
         if self._progress:
             self._progress.update(self._task, completed=step, status=self._safe(" | ".join(status)))
         elif now >= self._next_plain_s or step >= self.total_steps:
@@ -220,7 +242,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+def byte_bar(description: str, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for weights: gives a function to be told of a tensor, and how many bytes of how many are done."""
     whole = Column(no_wrap=True)
     columns = (
@@ -233,7 +255,7 @@ def byte_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
             "{task.fields[tensor]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
         ),
     )
-    bar = Progress(*columns, console=Console(stderr=True), expand=True)
+    bar = Progress(*columns, console=Console(stderr=True), expand=True, disable=not enabled)
     task = bar.add_task(description, total=None, tensor="")
 
     def tell(tensor: str, done: int, total: int) -> None:

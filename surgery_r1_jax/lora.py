@@ -10,6 +10,7 @@ tuners/lora/layer.py.
 
 import functools
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import jax
@@ -91,12 +92,14 @@ def chosen(config: model.Config, targets: tuple[str, ...]) -> list[str]:
     return [path for path in modules if path in found]
 
 
-def build(config: model.Config, compute: options.Compute, settings: options.Lora) -> tuple[nnx.GraphDef, nnx.State]:
+def build(
+    config: model.Config, compute: options.Compute, settings: options.Lora, attend: Callable | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph and abstract parameters of a model with adapters, as `model.build` gives them of one without (rank 0).
 
     With dropout the graph wants the keys of `noise` beside the parameters.
     """
-    net = nnx.eval_shape(lambda: _adapted(config, compute, settings, nnx.Rngs(0)))
+    net = nnx.eval_shape(lambda: _adapted(config, compute, settings, nnx.Rngs(0), attend))
     graph, params, _ = nnx.split(net, nnx.Param, ...)
     return graph, params
 
@@ -151,8 +154,14 @@ def _corrected(kernel, a, b, scale: float, stacked: bool):
     return (kernel + scale * change).astype(kernel.dtype)
 
 
-def _adapted(config: model.Config, compute: options.Compute, settings: options.Lora, rngs: nnx.Rngs) -> model.QwenVL:
-    net = model.QwenVL(config, compute, rngs=rngs)
+def _adapted(
+    config: model.Config,
+    compute: options.Compute,
+    settings: options.Lora,
+    rngs: nnx.Rngs,
+    attend: Callable | None = None,
+) -> model.QwenVL:
+    net = model.QwenVL(config, compute, attend, rngs=rngs)
     paths = set(chosen(config, settings.targets)) if settings.rank else set()
     for path, module in list(nnx.iter_modules(net)):
         if ".".join(map(str, path)) in paths:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from surgery_r1_jax import lora, programs, scoring
+from surgery_r1_jax import lora, programs, scoring, stream
 from surgery_r1_jax.programs import Job
 
 LAYER_WIDTHS = 8  # arrays of a layer as wide as the model: norms, queries, attention's output, residuals
@@ -24,7 +24,7 @@ class Bytes(NamedTuple):
     moments: int
     reference: int  # frozen copy of the parameters that GRPO's KL term needs
     gradients: int
-    activations: int  # of a step, its batch included
+    activations: int  # of a step, its batch and those that are placed ahead included
     rollout: int  # of drawing and of the reference's pass; at another time than gradients and activations
     how: str  # "compiled" or "estimated"
 
@@ -38,18 +38,17 @@ class Bytes(NamedTuple):
 def estimated(job: Job) -> Bytes:
     """Memory by arithmetic."""
     lasting = _lasting(job)
-    frames = -(-job.settings.data.frames // job.frame_axes)
-    batch = sum(leaf.nbytes for leaf in job.batch) * frames // len(job.batch.prefix_ids_BP)
-    activations = batch + _activations(job, frames=-(-frames // job.parts))
-    rollout = batch + _rollout(job, frames) if job.samples else 0
+    frames, batches = _frames(job), (1 + stream.AHEAD) * _batch(job)
+    activations = batches + _activations(job, frames=-(-frames // job.parts))
+    rollout = batches + _rollout(job, frames) if job.samples else 0
     return Bytes(*lasting, activations, rollout, "estimated")
 
 
 def compiled(job: Job) -> Bytes:
     """Memory by the compiler. Needs a mesh of real devices."""
-    lasting = _lasting(job)
+    lasting, ahead = _lasting(job), stream.AHEAD * _batch(job)
     own = {
-        name: programs.peak(program.lower().compile()) + program.beside - sum(lasting[:3])
+        name: programs.peak(program.lower().compile()) + program.beside - sum(lasting[:3]) + ahead
         for name, program in programs.of(job).items()
     }
     activations = own.pop("update") - lasting[3]
@@ -63,12 +62,23 @@ def _lasting(job: Job) -> tuple[int, int, int, int]:
     return trained + others[0], others[1], others[2], trained
 
 
+def _frames(job: Job) -> int:
+    """Frames of a batch on one device."""
+    return -(-job.settings.data.frames // job.frame_axes)
+
+
+def _batch(job: Job) -> int:
+    """Bytes of them."""
+    return sum(leaf.nbytes for leaf in job.batch) * _frames(job) // len(job.batch.prefix_ids_BP)
+
+
 def _activations(job: Job, frames: int) -> int:
     """The largest arrays of a forward and backward pass over so many frames."""
     text, tower, compute, shape = job.architecture.text, job.architecture.vision, job.settings.compute, job.shape
     tensor, width = job.mesh.shape["tensor"], _width(job)
     P, J, T, n = shape.prefix, shape.lanes, shape.lane_tokens, shape.windows * tower.slots
-    rows = lambda tokens: min(compute.query_chunk or tokens, tokens)  # noqa: E731 - queries whose scores exist at once
+    held = compute.attention in ("auto", "xla")  # flash kernels hold no scores; `auto` may take one, or may not
+    rows = lambda tokens: held * min(compute.query_chunk or tokens, tokens)  # noqa: E731 - whose scores exist at once
 
     def stack(depth, tokens, model_width, mlp, scores, remat, trained=True):
         """What is kept for the backward pass, and one layer with its cotangents."""
@@ -78,7 +88,7 @@ def _activations(job: Job, frames: int) -> int:
 
     decoder = stack(
         *(text.num_hidden_layers, P + J * T, text.hidden_size, text.intermediate_size),
-        scores=text.num_attention_heads * (rows(P) * P + J * T * (P + T)),
+        scores=text.num_attention_heads * (rows(P) * P + rows(J * T) * (P + T)),
         remat=compute.remat,
     )
     seeing = stack(

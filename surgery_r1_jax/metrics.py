@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from surgery_r1_jax import boxes, vocabulary
+from surgery_r1_jax import boxes, places, vocabulary
 from surgery_r1_jax.errors import InputError
 
 IN_PLACE = 0.5
@@ -147,7 +147,7 @@ def from_predictions(path: str | Path, classes: Sequence[str] = vocabulary.CLASS
     Raises InputError that names the file and line of the first bad one.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = places.place(path).read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot read the predictions: {error.strerror}") from None
     numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())

@@ -5,13 +5,14 @@ step (`bind`), so that a step is an ordinary function of ordinary trees.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from surgery_r1_jax import decoder, layers, options, sharding, vision
+from surgery_r1_jax import backends, decoder, layers, options, sharding, vision
 from surgery_r1_jax.attention import Queries
 from surgery_r1_jax.batch import FrameBatch
 from surgery_r1_jax.decoder import Cache, Stream
@@ -33,15 +34,16 @@ class Config:
 class QwenVL(nnx.Module):
     """Tower, embedding, decoder and head."""
 
-    def __init__(self, config: Config, compute: options.Compute, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, compute: options.Compute, attend: Callable | None = None, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
+        attend = attend or backends.choose(compute)
         V, D = config.text.vocab_size, config.text.hidden_size
         shape, axes = (V, D), ("vocab", "embed")
-        self.tower = config.vision.tower(compute, rngs)
+        self.tower = config.vision.tower(compute, attend, rngs)
         # A tied table is drawn small enough for its logits, an untied one large enough to outlast the first layers.
         small, large = (nnx.initializers.normal(scale) for scale in (D**-0.5, 1.0))
         self.embed = layers.param(rngs, shape, axes, small if config.tie_word_embeddings else large, None)
-        self.decoder = decoder.Decoder(config.text, compute, rngs=rngs)
+        self.decoder = decoder.Decoder(config.text, compute, attend, rngs=rngs)
         self.head = None if config.tie_word_embeddings else layers.param(rngs, shape, axes, small, None)
 
     @property
@@ -100,9 +102,14 @@ class QwenVL(nnx.Module):
         return Stream(self._embed(ids_BJT), position, queries)
 
 
-def build(config: Config, compute: options.Compute = options.Compute()) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph and abstract parameters of a model: shapes and logical axes, no memory."""
-    return nnx.split(nnx.eval_shape(lambda: QwenVL(config, compute, rngs=nnx.Rngs(0))))
+def build(
+    config: Config, compute: options.Compute = options.Compute(), attend: Callable | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and abstract parameters of a model: shapes and logical axes, no memory.
+
+    `attend` computes attention, as `backends.choose` gives it for a mesh.
+    """
+    return nnx.split(nnx.eval_shape(lambda: QwenVL(config, compute, attend, rngs=nnx.Rngs(0))))
 
 
 def init(config: Config, seed: int) -> dict:

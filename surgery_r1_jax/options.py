@@ -1,9 +1,9 @@
 """Every key of a run's YAML file, with its range and its default: `SFT` and `GRPO` are the two programs.
 
 Knows no JAX, so that a mistyped key is refused before anything heavy is imported. What a section does is told by
-the module that it is handed to: `Data` and `Targets` pipeline.py, `Optimizer` optim.py, `Lora` lora.py, `Compute`
-model.py, `Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py, `Objective`
-objectives.py.
+the module that it is handed to: `Data` and `Targets` pipeline.py, `Augment` augment.py, `Optimizer` optim.py, `Lora`
+lora.py, `Compute` model.py, `Schedule` run.py, `Evaluation` evaluate.py, `Sampler` sampling.py, `Reward` rewards.py,
+`Objective` objectives.py.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,64 @@ from pydantic import Field, model_validator
 
 from surgery_r1_jax import config, errors
 
+Boxes = Literal["pixel", "unit", "thousand"] | None
+_ROOT = "data set folder: EndoVis-VQLA, your own frames with a table of records, or what tensorflow-datasets prepared"
+_BOXES = "what the boxes of a table of records are written in, where its data.json does not say"
+
+
+class Source(config.Config):
+    """One of several data sets that a run draws from."""
+
+    root: str = Field(description=_ROOT)
+    weight: float = Field(1.0, gt=0, description="rows drawn of this set, relative to the weights of the others")
+    boxes: Boxes = Field(None, description=_BOXES)
+
+
+class Augment(config.Config):
+    """What is changed at random about the frames that are trained on; by default nothing."""
+
+    flip_left_right: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of frames mirrored, boxes and location words with them. Your own frames only where no class"
+        " and no question has a word such as left or upper, since nothing is known of what it would become",
+    )
+    flip_top_bottom: float = Field(0.0, ge=0, le=1, description="share of frames mirrored top-bottom, as above")
+    crop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of frames of which a part is enlarged to the whole, where no location word turns false. What"
+        " has no box may be cut off: not for questions such as how many there are",
+    )
+    crop_least: float = Field(0.75, gt=0, le=1, description="shortest side of a crop, as a share of the frame's")
+    crop_visible: float = Field(0.6, gt=0, le=1, description="least share of each box that a crop must leave")
+    light: float = Field(0.0, ge=0, le=1, description="share of frames in another light; these are its bounds:")
+    brightness: float = Field(0.25, ge=0, le=4, description="multiplied or divided by up to 1 + this")
+    contrast: float = Field(0.25, ge=0, le=4, description="the same, about the frame's mean")
+    gamma: float = Field(0.2, ge=0, le=4, description="exponent of up to 1 + this, or one over that")
+    colour: float = Field(0.0, ge=0, le=1, description="share of frames in other colours; these are its bounds:")
+    saturation: float = Field(0.3, ge=0, le=4, description="multiplied or divided by up to 1 + this")
+    white_balance: float = Field(0.1, ge=0, le=4, description="the same, of red and of blue")
+    smoke: float = Field(0.0, ge=0, le=1, description="share of frames with the smoke of cautery in front")
+    smoke_density: float = Field(0.8, gt=0, le=1, description="most that it hides where it is thickest")
+    blood: float = Field(0.0, ge=0, le=1, description="share of frames with drops and a film of blood")
+    blood_cover: float = Field(0.15, gt=0, le=1, description="most of the frame that it covers")
+
+    @property
+    def on(self) -> bool:
+        """Whether any frame is changed."""
+        kinds = (self.flip_left_right, self.flip_top_bottom, self.crop, self.light, self.colour, self.smoke, self.blood)
+        return any(kinds)
+
 
 class Data(config.Config):
     """Which frames are read and how they are batched."""
 
-    root: str = Field(description="data set folder: EndoVis-VQLA, or your own frames with a table of records")
-    boxes: Literal["pixel", "unit", "thousand"] | None = Field(
-        None, description="what the boxes of a table of records are written in, where its data.json does not say"
-    )
+    root: str | None = Field(None, description=_ROOT)
+    boxes: Boxes = Field(None, description=_BOXES)
+    mix: tuple[Source, ...] = Field((), description="several data sets with their weights, in place of root and boxes")
     split: str = Field("train", description="train, dev, val or all")
     frames: int = Field(8, ge=1, description="frames in a batch, over all processes")
     questions: int = Field(5, ge=1, description="most questions of a frame in one row")
@@ -29,6 +79,29 @@ class Data(config.Config):
     limit: int = Field(0, ge=0, description="use only so many frames, spread evenly; 0: all")
     threads: int = Field(2, ge=1, description="decoding threads of a process")
     workers: int = Field(0, ge=0, description="decoding processes beside the main one")
+    augment: Augment = Augment()
+    buckets: int = Field(
+        4, ge=1, le=64, description="most shapes of a batch: each is compiled, more leave less padding"
+    )
+    cache: float = Field(
+        0.375, ge=0, description="GiB of resized pictures that are kept, shared out evenly over all processes of a host"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.root is None) == (not self.mix) or (self.mix and self.boxes):
+            raise ValueError("give either root (and boxes), or mix with a root for each data set")
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets, one or several."""
+        return self.mix or (Source(root=self.root, boxes=self.boxes),)
+
+    @property
+    def name(self) -> str:
+        """Their folders."""
+        return ", ".join(source.root for source in self.sources)
 
 
 class Targets(config.Config):
@@ -114,8 +187,11 @@ class Compute(config.Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = Field(False, description="recompute each decoder layer in the backward pass")
     tower_remat: bool = Field(False, description="recompute the tower's layers too")
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = Field(
+        "auto", description="pallas: flash kernels on TPUs; cudnn: on NVIDIA GPUs, in bfloat16; auto: what there is"
+    )
     query_chunk: int | None = Field(
-        None, ge=1, description="queries whose scores are held at a time, in prefix and full vision attention"
+        None, ge=1, description="with xla: queries whose scores are held at a time, in prefix and full vision attention"
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
 
@@ -123,12 +199,31 @@ class Compute(config.Config):
 class Schedule(config.Config):
     """How long, how often."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int | None = Field(None, ge=1, description="1000 where epochs are not given either")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows of all data sets, in place of steps")
     eval_every: int = Field(0, ge=0, description="steps between evaluations on the dev split; 0: only at the end")
     save_every: int = Field(200, ge=1)
     log_every: int = Field(10, ge=1)
     max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
     tensorboard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, given):
+        if not isinstance(given, dict):
+            return given
+        steps, epochs = given.get("steps"), given.get("epochs")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"steps {steps} and epochs {epochs} are both given; take one out, or set it to null")
+        return given | {"steps": 1000} if steps is None and epochs is None else given
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the dev split is asked after this step."""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, whatever happens."""
+        return step == self.steps or step % self.save_every == 0
 
 
 class Evaluation(config.Config):

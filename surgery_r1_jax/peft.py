@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from surgery_r1_jax import errors, files, hf, lora, model, options, sharding, tensors, weights
+from surgery_r1_jax import errors, files, lora, model, options, placement, sharding, tensors, weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -95,7 +95,7 @@ def read(folder: Path, config: model.Config, mesh: jax.sharding.Mesh | None = No
                 )
             layers.append(tensors.numbers(stored.pop(name), wanted).T.astype(np.float32).reshape(inner))
         value = np.stack(layers) if "{i}" in module else layers[0]
-        found[path] = hf.spread(value, shardings and shardings[path])
+        found[path] = placement.spread(value, shardings and shardings[path])
     if stored:
         raise errors.InputError(
             f"{folder / WEIGHTS}: tensor '{min(stored)}' belongs to no linear layer of the base: an adapter for "

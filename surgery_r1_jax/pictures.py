@@ -6,11 +6,14 @@ dashed and light blue, the predicted box solid and yellow, both on a dark casing
 
 import base64
 import io
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from surgery_r1_jax.errors import InputError, one_line, printable
 from surgery_r1_jax.records import Box
 
 TRUTH = "#6fd0ff"
@@ -55,6 +58,33 @@ def draw(
     legend = [("true box", TRUTH, True)] * (truth is not None)
     legend += [("predicted box", PREDICTION, False)] * (prediction is not None)
     return _with_caption(picture, legend, [part for line in lines for part in visible(line).split("\n")])
+
+
+def named(image: Image.Image, boxes: Sequence[tuple[str, Box]], lines: Sequence[str] = ()) -> Image.Image:
+    """A copy of the frame with any number of boxes, the short name of each in its corner, above the caption lines."""
+    picture = image.convert("RGB")
+    stroke, pen = max(2, round(max(picture.size) / 320)), ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(12, round(max(picture.size) / 36)))
+    for _, box in boxes:
+        _outline(pen, box, picture.size, stroke, TRUTH, dashed=True)
+    for name, (x0, y0, *_) in boxes:
+        at = x0 * picture.width + stroke, y0 * picture.height + stroke
+        pen.rectangle(pen.textbbox(at, f" {name} ", font=font), fill=_CASING)
+        pen.text(at, f" {name} ", fill=TRUTH, font=font)
+    return _with_caption(picture, [], lines)
+
+
+def save(picture: Image.Image, path: str | Path) -> None:
+    """Write a PNG, whole or not at all. Raises: InputError where it cannot be written."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, "PNG")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        reason = error.strerror or one_line(error)
+        raise InputError(f"{printable(path)}: cannot be written ({reason}); take another path") from None
 
 
 def data_url(image: Image.Image, *, side: int = 480, limit: int = 120_000) -> str:

@@ -1,85 +1,70 @@
-"""Grain pipelines: frames on disk to batches, deterministic, sharded by process, restorable at any step.
+"""Frames to batches: what is read, what is taught of it, and the streams of training, rollouts and evaluation.
 
-A row is a frame with some of its questions. Rows and all extents are planned once, from token counts, before
-anything is decoded; after that every batch has the same shape, so every program compiles once. The stream of
-batches does not depend on how many processes share it out: each takes its part of every batch and reads no more.
+Rows and shapes are planned by `plan`, once and before anything is decoded; `stream` makes the batches. They do not
+depend on how many processes share them out: each takes its part of every batch and reads no more.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import numpy as np
+from PIL import Image
 
-from surgery_r1_jax import answer, batch, errors, examples, grid, options, records, vocabulary
+from surgery_r1_jax import answer, augment, batch, errors, examples, location, options, plan, records, vocabulary
 from surgery_r1_jax.batch import FrameBatch, Gold, Shape
 from surgery_r1_jax.examples import Branch, Encoder
+from surgery_r1_jax.plan import Row, Size
 from surgery_r1_jax.records import Box, Frame, Record
+from surgery_r1_jax.stream import Shard, Stream
 
-LONGEST_LANE = 3  # in longest branches
+LONGER = 8  # tokens by which an answer may grow when its frame is changed; one that grows more is left as it was
 
-
-class Row(NamedTuple):
-    """A frame and the questions asked of it together."""
-
-    frame: int
-    records: tuple[int, ...]
+# A frame with its resized picture, and both changed in the same way: the frame's size stays as it is.
+Change = Callable[[Frame, Image.Image, np.random.Generator], tuple[Frame, Image.Image]]
 
 
-class Shard(NamedTuple):
-    """Which of how many equal parts of every batch this process reads."""
-
-    index: int = 0
-    count: int = 1
+def read_all(settings: options.Data) -> list[Frame]:
+    """The frames of all sources and splits. Raises: InputError for sources with different answers."""
+    frames: list[Frame] = []
+    for number, source in enumerate(settings.sources):
+        found = records.read(source.root, strict=settings.strict, boxes=source.boxes)
+        frames += [dataclasses.replace(frame, source=number) for frame in found]
+        if found and found[0].classes != frames[0].classes:
+            raise errors.InputError(
+                f"{source.root}: its answers are not those of {settings.sources[frames[0].source].root} "
+                f"({len(found[0].classes)}, {len(frames[0].classes)}); write the same classes into both data.json"
+            )
+    return frames
 
 
 def read(settings: options.Data) -> list[Frame]:
-    """The frames of the configured split."""
-    frames = records.split(records.read(settings.root, strict=settings.strict, boxes=settings.boxes), settings.split)
+    """The frames of the configured split, of all sources."""
+    frames = records.split(read_all(settings), settings.split)
     if settings.limit and settings.limit < len(frames):
         frames = [frames[i] for i in np.linspace(0, len(frames) - 1, settings.limit).round().astype(int)]
     return frames
 
 
-def plan_rows(frames: Sequence[Frame], questions: int, seed: int | None = None) -> list[Row]:
-    """Share each frame's records out over as few rows as possible, of nearly equal size; seeded order if asked."""
-    rows = []
-    for number, frame in enumerate(frames):
-        order = np.arange(len(frame.records))
-        if seed is not None:
-            order = np.random.default_rng([seed, number]).permutation(order)
-        count = -(-len(order) // questions)
-        rows += [Row(number, tuple(int(i) for i in part)) for part in np.array_split(order, count) if part.size]
-    return rows
+def steps(frames: Sequence[Frame], settings: options.Data, schedule: options.Schedule) -> options.Schedule:
+    """The schedule in steps. An epoch is as many rows as all sources have together."""
+    if schedule.epochs is None:
+        return schedule
+    rows = len(plan.plan_rows(frames, settings.questions))
+    return schedule.model_copy(
+        update={"steps": max(1, round(schedule.epochs * rows / settings.frames)), "epochs": None}
+    )
 
 
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple, at least one."""
-    return max(1, -(-n // multiple)) * multiple
-
-
-def plan_prefix(encoder: Encoder, frames: Sequence[Frame]) -> tuple[int, int]:
-    """Windows and prefix tokens that hold every frame of the set."""
-    grids = {encoder.patch_grid(frame) for frame in frames}
-    merge = encoder.preprocessor.merge_size
-    windows = max(grid.count_windows([g], encoder.window_side, merge) for g in grids)
-    return windows, round_up(max(len(encoder.prefix_ids([g])) for g in grids), 8)
-
-
-def plan_lanes(lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Number and length of lanes that hold the branches of every row with the fewest slots.
-
-    Longer lanes pack tighter but make every branch look past its neighbours; at most LONGEST_LANE branches' worth.
-    """
-    longest = max(map(max, lengths))
-    most = min(max(map(sum, lengths)), LONGEST_LANE * longest)
-    candidates = sorted({round_up(int(n), 8) for n in np.linspace(longest, max(longest, most), 16)})
-    plans = [(max(len(examples.pack(row, room)) for row in lengths), room) for room in candidates]
-    return min(plans, key=lambda plan: (plan[0] * plan[1], plan[1]))
+def changing(frames: Sequence[Frame], settings: options.Data) -> Change | None:
+    """How frames are changed at random, if the configuration wants it; each source has its own rule of locations."""
+    if not settings.augment.on:
+        return None
+    sources = range(len(settings.sources))
+    rules = [location.settled([frame for frame in frames if frame.source == source]) for source in sources]
+    return lambda frame, picture, rng: augment.apply(frame, picture, settings.augment, rng, rule=rules[frame.source])
 
 
 def training(
@@ -90,36 +75,61 @@ def training(
     *,
     seed: int,
     shard: Shard = Shard(),
-) -> tuple[grain.IterDataset, Shape]:
-    """An endless shuffled stream of training batches (this process's frames of each) and their shape."""
-    rows = plan_rows(frames, settings.questions, seed)
-    branches = {
-        row: [_branch(frames[row.frame], encoder, targets, seed, row.frame, index) for index in row.records]
-        for row in rows
-    }
-    windows, prefix = plan_prefix(encoder, frames)
-    lanes, lane_tokens = plan_lanes([[len(b) for b in group] for group in branches.values()])
-    shape = Shape(
-        windows=windows,
-        prefix=prefix,
-        lanes=lanes,
-        lane_tokens=lane_tokens,
-        scored=round_up(max(sum(len(b.completion) for b in group) for group in branches.values()), 8),
+) -> Stream:
+    """An endless shuffled stream of training batches, of which this process makes its part.
+
+    How a frame is changed, where the configuration wants it, follows from the seed and the row's place in the stream.
+    """
+    change = changing(frames, settings)
+
+    def branches(frame: Frame, row: Row) -> list[Branch]:
+        return [_branch(frame, encoder, targets, seed, row.frame, index) for index in row.records]
+
+    def size(image: tuple[int, int], made: Sequence[Branch], longer: int = 0) -> Size:
+        lengths = tuple(len(branch) + longer for branch in made)
+        return Size(*image, lengths, sum(len(branch.completion) + longer for branch in made))
+
+    rows = plan.plan_rows(frames, settings.questions, seed)
+    planned = {row: branches(frames[row.frame], row) for row in rows}
+    images, room = plan.image_sizes(encoder, frames), LONGER if change else 0
+    found = _plan(
+        frames, rows, [size(images[row.frame], planned[row], room) for row in rows], plan.PACKED, encoder, settings
     )
 
-    def example(row: Row) -> FrameBatch:
-        return encoder.training(frames[row.frame], branches[row], shape)
+    def example(row: Row, shape: Shape, place: int) -> FrameBatch:
+        frame, made, picture = frames[row.frame], planned[row], None
+        if change:
+            changed, seen = change(frame, encoder.picture(frame), np.random.default_rng([seed, place]))
+            anew = branches(changed, row)
+            if plan.fits(size(plan.image_size(encoder, changed), anew), shape):
+                frame, made, picture = changed, anew, seen
+        return encoder.training(frame, made, shape, picture)
 
-    return _stream(rows, example, settings, seed, shard), shape
+    return Stream(found, example, settings, seed, shard)
 
 
 def rollouts(
     frames: Sequence[Frame], encoder: Encoder, settings: options.Data, *, seed: int, shard: Shard = Shard()
-) -> tuple[grain.IterDataset, Shape]:
-    """An endless shuffled stream of `(prompts, gold)` batches and their shape."""
-    rows = plan_rows(frames, settings.questions, seed)
-    shape = prompt_shape(frames, encoder, rows)
-    return _stream(rows, _asking(frames, encoder, shape), settings, seed, shard), shape
+) -> Stream:
+    """An endless shuffled stream of `(prompts, gold)` batches, of which this process makes its part.
+
+    Where frames are changed, what completions are judged against is changed with them.
+    """
+    change = changing(frames, settings)
+    rows = plan.plan_rows(frames, settings.questions, seed)
+    sizes = _prompt_sizes(frames, encoder, rows, LONGER if change else 0)
+    found = _plan(frames, rows, sizes, plan.APART, encoder, settings)
+
+    def example(row: Row, shape: Shape, place: int) -> tuple[FrameBatch, Gold]:
+        frame, picture = frames[row.frame], None
+        if change:
+            changed, seen = change(frame, encoder.picture(frame), np.random.default_rng([seed, place]))
+            image = plan.image_size(encoder, changed)
+            if plan.fits(Size(*image, tuple(_prompt_lengths(changed, row, encoder))), shape):
+                frame, picture = changed, seen
+        return encoder.prompts(frame, row.frame, row.records, shape, picture)
+
+    return Stream(found, example, settings, seed, shard)
 
 
 def once(
@@ -133,35 +143,39 @@ def once(
         dataclasses.replace(frame, records=tuple(dataclasses.replace(record, want=None) for record in frame.records))
         for frame in frames
     ]
-    rows = plan_rows(frames, settings.questions)
-    shape = prompt_shape(frames, encoder, rows)
-    batches = [rows[at : at + settings.frames] for at in range(0, len(rows), settings.frames)]
+    part = shard.part(settings)
+    rows = plan.plan_rows(frames, settings.questions)
+    shape = plan.shape_of(_prompt_sizes(frames, encoder, rows), plan.APART)
     prompts, _ = encoder.prompts(frames[0], 0, (), shape)
     filler = batch.padding_like(prompts), batch.padding_gold(shape.lanes)
-    source = grain.MapDataset.source(batches)
-    stream = _batches(source, _asking(frames, encoder, shape), settings, shard, filler)
-    return iter(stream), len(batches)
+
+    def make(at: int):
+        chosen = rows[at : at + settings.frames][part]
+        made = [encoder.prompts(frames[row.frame], row.frame, row.records, shape) for row in chosen]
+        return batch.stack(made + [filler] * (part.stop - part.start - len(made)))
+
+    starts = range(0, len(rows), settings.frames)
+    reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
+    return iter(grain.MapDataset.source(starts).map(make).to_iter_dataset(reading)), len(starts)
 
 
-def prompt_shape(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row]) -> Shape:
-    """The shape that holds all questions of these rows, one a lane."""
-    windows, prefix = plan_prefix(encoder, frames)
-    longest = max(len(encoder.prompt(record, examples.wanted(record))) for frame in frames for record in frame.records)
-    lanes = max(len(row.records) for row in rows)
-    return Shape(windows=windows, prefix=prefix, lanes=lanes, lane_tokens=round_up(longest, 8), scored=0)
-
-
-def fingerprint(frames: Sequence[Frame], *plan: object) -> str:
+def fingerprint(frames: Sequence[Frame], *rest: object, images: Sequence[bytes] | None = None) -> str:
     """A hash of all labels and image bytes: a run is not resumed on other data.
 
-    `plan` is what else decides the order, such as the configuration and the seed; it is hashed as it prints.
+    `rest` is what else decides the batches, such as the plan and the seed; it is hashed as it prints. `images` are
+    the `image_hashes`, where they are known.
     """
-    digest = hashlib.sha256(repr(plan).encode())
-    for frame in frames:
+    digest = hashlib.sha256(repr(rest).encode())
+    for frame, image in zip(frames, image_hashes(frames) if images is None else images, strict=True):
         labels = [(record.question, record.answer, record.box, record.think, record.want) for record in frame.records]
         digest.update(json.dumps([frame.id, frame.width, frame.height, frame.classes, labels]).encode())
-        digest.update(hashlib.sha256(Path(frame.image).read_bytes()).digest())
+        digest.update(image)
     return digest.hexdigest()
+
+
+def image_hashes(frames: Sequence[Frame]) -> Iterator[bytes]:
+    """The SHA-256 of every image file."""
+    return (hashlib.sha256(frame.image.read_bytes()).digest() for frame in frames)
 
 
 def coarse(box: Box, slack: float, rng: np.random.Generator) -> Box:
@@ -190,40 +204,43 @@ def _instrument(record: Record) -> str | None:
     return record.answer if record.kind == vocabulary.TOOL else record.tool
 
 
-def _asking(frames: Sequence[Frame], encoder: Encoder, shape: Shape) -> Callable[[Row], tuple[FrameBatch, Gold]]:
-    return lambda row: encoder.prompts(frames[row.frame], row.frame, row.records, shape)
+def _prompt_lengths(frame: Frame, row: Row, encoder: Encoder) -> Iterator[int]:
+    """Tokens of each question of a row."""
+    for record in (frame.records[index] for index in row.records):
+        yield len(encoder.prompt(record, examples.wanted(record)))
 
 
-def _stream(rows: list[Row], example: Callable, settings: options.Data, seed: int, shard: Shard) -> grain.IterDataset:
-    """Batches without end: every epoch has every row once, in an order of its own; a batch may lie in two epochs."""
-    if len(rows) < settings.frames:
-        raise errors.InputError(
-            f"{settings.root}: {len(rows)} rows of frames do not fill a batch of {settings.frames}; lower data.frames"
-        )
-    # Without a number Grain repeats for so long that it cannot count batches of one frame.
-    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(2**52 // len(rows))
-    stream = _batches(order.batch(settings.frames, batch_fn=list), example, settings, shard)
-    if settings.workers:
-        from absl import flags
-
-        flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
-    return stream
+def _prompt_sizes(frames: Sequence[Frame], encoder: Encoder, rows: Sequence[Row], longer: int = 0) -> list[Size]:
+    """The room that the questions of rows take, each with so many tokens more."""
+    images = plan.image_sizes(encoder, frames)
+    lengths = (_prompt_lengths(frames[row.frame], row, encoder) for row in rows)
+    return [
+        Size(*images[row.frame], tuple(tokens + longer for tokens in each))
+        for row, each in zip(rows, lengths, strict=True)
+    ]
 
 
-def _batches(
-    lists: grain.MapDataset, example: Callable, settings: options.Data, shard: Shard, filler: tuple = ()
-) -> grain.IterDataset:
-    """Lists of rows to this process's part of the batches that they make, filled up to the same size."""
-    if settings.frames % shard.count:
-        raise errors.InputError(
-            f"data.frames {settings.frames} cannot be shared out over {shard.count} processes; take a multiple of them"
-        )
-    local = settings.frames // shard.count
-
-    def make(rows: list[Row]):
-        made = [example(row) for row in rows[shard.index * local :][:local]]
-        return batch.stack(made + [filler] * (local - len(made)))
-
-    options = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
-    return lists.map(make).to_iter_dataset(options)
+def _plan(
+    frames: Sequence[Frame],
+    rows: Sequence[Row],
+    sizes: Sequence[Size],
+    layout: plan.Layout,
+    encoder: Encoder,
+    settings: options.Data,
+) -> plan.Plan:
+    """The plan of rows with their sizes, source by source. Raises: InputError for a source without any."""
+    of_source: list[list[int]] = [[] for _ in settings.sources]
+    for i, row in enumerate(rows):
+        of_source[frames[row.frame].source].append(i)
+    for source, members in zip(settings.sources, of_source, strict=True):
+        if not members:
+            raise errors.InputError(f"{source.root}: no frames in split {settings.split}; take it out of data.mix")
+    return plan.make(
+        [[rows[i] for i in members] for members in of_source],
+        [[sizes[i] for i in members] for members in of_source],
+        layout,
+        weights=[source.weight for source in settings.sources],
+        frames=settings.frames,
+        most=settings.buckets,
+        window_tokens=encoder.window_side**2,
+    )

@@ -14,7 +14,22 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from surgery_r1_jax import evaluate, grid, grpo, hlo, lora, model, optim, options, packed, run, sampling, sft, sharding
+from surgery_r1_jax import (
+    backends,
+    evaluate,
+    grid,
+    grpo,
+    hlo,
+    lora,
+    model,
+    optim,
+    options,
+    packed,
+    run,
+    sampling,
+    sft,
+    sharding,
+)
 from surgery_r1_jax.batch import FrameBatch, Shape
 
 MATRICES = ("kernel", "gate_up", "down", "a", "b")  # what a parameter may be called that is one
@@ -110,8 +125,9 @@ def blank_batch(architecture: model.Config, image: tuple[int, int], text: int, l
 def of(job: Job) -> dict[str, Program]:
     """All programs of a run by name: `update`, for GRPO `rollout` and `reference` too."""
     settings, mesh = job.settings, job.mesh
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
+    attend = backends.choose(settings.compute, mesh)
+    graph, _ = lora.build(job.architecture, settings.compute, settings.lora, attend)
+    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
     state, tx = state_of(job)
     train, frozen, reference = state
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train)
@@ -132,7 +148,7 @@ def of(job: Job) -> dict[str, Program]:
     advantage_BJ = _spread(jax.eval_shape(lambda x_BJT: x_BJT[..., 0], drawn.logp_BJT), mesh)
     graded = grpo.Experience(laid_out, drawn.mask_BJT, drawn.logp_BJT, drawn.logp_BJT, advantage_BJ)
     step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), shardings)
-    plain, _ = model.build(job.architecture, settings.compute)
+    plain, _ = model.build(job.architecture, settings.compute, attend)
     held_against = (plain, settings, reference or frozen, laid_out, words.allowed_V)
 
     moments, beside = bytes_of(train.opt_state), bytes_of(reference)
@@ -149,7 +165,8 @@ def of(job: Job) -> dict[str, Program]:
 def evaluation(job: Job) -> Program:
     """Greedy decoding in a run, the batch of the job being the prompts."""
     settings = job.settings
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora.still)
+    attend = backends.choose(settings.compute, job.mesh)
+    graph, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
     (train, frozen, reference), _ = state_of(job)
     greedy = options.Sampler(max_tokens=settings.evaluation.max_tokens, temperature=0.0)
     allowed_V = jax.ShapeDtypeStruct(
@@ -162,7 +179,7 @@ def evaluation(job: Job) -> Program:
 def state_of(job: Job) -> tuple[State, object]:
     """What lies there all the time, and the optimiser."""
     settings, adapted = job.settings, job.settings.lora
-    _, abstract = lora.build(job.architecture, settings.compute, adapted)
+    _, abstract = lora.build(job.architecture, options.Compute(), adapted)
     params, frozen = lora.split(nnx.to_pure_dict(abstract))
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(settings.optimizer, settings.schedule.steps, params)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from surgery_r1_jax import answer, vocabulary
+from surgery_r1_jax import answer, places, vocabulary
 from surgery_r1_jax.errors import InputError, one_line, printable
 from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
 from surgery_r1_jax.labels import MAX_LINE, REPEATED, Box, Problem, Record, Refused, unit_box
@@ -89,7 +89,7 @@ def declared(root: Path) -> dict:
 
 def space(root: str | Path, given: str | None = None) -> str:
     """The key of BOXES that a folder's boxes are read in."""
-    return declared(Path(root)).get("boxes", given) or "pixel"
+    return declared(places.fetched(root)).get("boxes", given) or "pixel"
 
 
 def read(

@@ -1,6 +1,7 @@
 """Data set folders to frames with their questions, and their splits.
 
-A folder with records.jsonl or records.csv is read by recordfile.py. Any other is one of the published sets, in the
+A folder that tensorflow-datasets prepared is read by prepared.py, one with records.jsonl or records.csv by
+recordfile.py. Any other is one of the published sets, in the
 folder named or in one below it such as `Train_Data`; `label/` may be missing, and the name of a label file may end
 in `_QAL`, `_QA` or neither:
 
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from surgery_r1_jax import recordfile, vocabulary
+from surgery_r1_jax import places, prepared, recordfile, vocabulary
 from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.frames import Frame, Report, image_size, natural, require_file
 from surgery_r1_jax.labels import REPEATED, Box, Problem, Record, Refused, parse_line
@@ -63,9 +64,11 @@ def read(
         warned.append(problem)
 
     report = on_problem or stop_at_errors
-    root = Path(root)
+    root = places.fetched(root)
     inside = root.resolve()
-    if root.is_dir() and (table := recordfile.find(root)):
+    if root.is_dir() and (folder := prepared.find(root)):
+        frames = prepared.read(folder)
+    elif root.is_dir() and (table := recordfile.find(root)):
         frames = recordfile.read(table, inside, report, classes=classes, boxes=boxes, strict=strict)
     else:
         classes = classes or recordfile.declared(root).get("classes", vocabulary.CLASSES)
@@ -117,7 +120,7 @@ def split(frames: Iterable[Frame], name: str, *, dev_sequences: Iterable[str] = 
 
 def content_overlaps(frames_a: Iterable[Frame], frames_b: Iterable[Frame]) -> list[tuple[str, str]]:
     """Ids (of a, of b) of all pairs whose image files are equal byte for byte."""
-    sized_a, sized_b = ([(frame.image.stat().st_size, frame) for frame in side] for side in (frames_a, frames_b))
+    sized_a, sized_b = ([(_size(frame.image), frame) for frame in side] for side in (frames_a, frames_b))
     # Files of a size that only one side has need no hash, and image sizes hardly ever agree.
     shared = {size for size, _ in sized_a} & {size for size, _ in sized_b}
     ids_a: dict[str, list[str]] = {}
@@ -267,6 +270,11 @@ def _find_image(stem: Path, inside: Path, source: str) -> Path:
     raise Refused(source, f"its image {stem}.png (or .jpg) is missing")
 
 
-def _sha256(file: Path) -> str:
+def _size(image: Path | prepared.Stored) -> int:
+    """Bytes of an image's file."""
+    return image.stat().st_size if isinstance(image, Path) else len(image.read_bytes())
+
+
+def _sha256(file: Path | prepared.Stored) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

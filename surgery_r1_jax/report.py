@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jinja2
 from PIL import Image
 
-from surgery_r1_jax import cards, charts, files, images, metrics, pictures, records, vocabulary
+from surgery_r1_jax import cards, charts, files, images, metrics, pictures, places, records, vocabulary
 from surgery_r1_jax.cards import Stage
 from surgery_r1_jax.errors import InputError
 
@@ -76,6 +76,7 @@ def write(
         examples=examples_by_frame,
         tables=_tables(stages, floors),
         curves=[charts.panels(stage.curve) for stage in stages],
+        speed=[(charts.time_split(stage.curve), charts.panels(stage.curve, charts.SPEED)) for stage in stages],
         histograms=[charts.histogram(stage.name, stage.predictions) for stage in stages],
         confusion=_confusion(stages[-1]),
         failures=failures,
@@ -83,7 +84,7 @@ def write(
         full_marks=max((card.rewards.get("total", 0.0) for card in shown), default=0.0),
         colours={"truth": pictures.TRUTH, "prediction": pictures.PREDICTION},
     )
-    path = Path(path)
+    path = places.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, page)
 
@@ -98,7 +99,7 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     predictions.
     """
     stages, floors, facts, notes, boxes = [], {}, {}, {}, None
-    for each in map(_evaluated, map(Path, run_dirs)):
+    for each in map(_evaluated, map(places.place, run_dirs)):
         known = _object(each.summary, each.summary.read_bytes()) if each.summary.exists() else {}
         floors |= known.get("floors", {})
         facts |= {key: str(known[key]) for key in ("data", "split") if key in known} | known.get("facts", {})
@@ -131,7 +132,7 @@ class Evaluated(NamedTuple):
 def _evaluated(given: Path) -> Evaluated:
     """A run given by its folder or by its evaluation's file."""
     if given.suffix == ".json":
-        folder = given.resolve().parent
+        folder = places.absolute(given).parent
         return Evaluated(folder.name, given, given.with_suffix(".predictions.jsonl"), folder / "metrics.jsonl")
     return Evaluated(given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl")
 

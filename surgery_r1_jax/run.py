@@ -1,22 +1,26 @@
-"""What every training run has, whatever it trains: folder, mesh, model, stop signal, and the test for bad numbers."""
+"""What every training run has, whatever it trains: folder, mesh, model, steps with their numbers, and a stop signal."""
 
+import itertools
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from surgery_r1_jax import (
+    backends,
     checkpoint,
     config,
     errors,
     evaluate,
     hf,
+    images,
     log,
     lora,
     model,
@@ -24,7 +28,9 @@ from surgery_r1_jax import (
     options,
     packed,
     pipeline,
+    saves,
     sharding,
+    speed,
     vocabulary,
 )
 
@@ -57,11 +63,13 @@ def prepare(
     """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
+    multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
+    attend = backends.choose(compute, mesh)
     kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
     loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
-    graph, abstract = lora.build(loaded.config, compute, adapted)
-    still, _ = lora.build(loaded.config, compute, adapted.still)
+    graph, abstract = lora.build(loaded.config, compute, adapted, attend)
+    still, _ = lora.build(loaded.config, compute, adapted.still, attend)
     params, frozen, base = loaded.params, {}, None
     start = checkpoint.identity(loaded) if adapted.rank or reference else None
     if adapted.rank:
@@ -82,8 +90,27 @@ def prepare(
             f"{out}: was started with other settings of lora, or on another model than {settings.model} holds now; "
             "restore them, or start a new run"
         )
-    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes)
+    pictures = images.Kept(settings.data.cache / (1 + settings.data.workers))
+    runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes, pictures)
     return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
+
+
+def take_up(out: Path) -> int | None:
+    """The step of a run's last checkpoint, to go on from; None where the run is to be begun.
+
+    Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
+    """
+    step = saves.last_step(out)
+    if step is None and jax.process_index() == 0:
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
+    return step
+
+
+def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options.SFT | options.GRPO:
+    """The settings with their epochs worked out as steps."""
+    return settings.model_copy(update={"schedule": pipeline.steps(frames, settings.data, settings.schedule)})
 
 
 def sum_over_parts(function, batch, parts: int, add=None):
@@ -133,12 +160,80 @@ def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
         )
 
 
+def check_profile(profile: tuple[int, int] | None, first: int, plan: options.Schedule) -> None:
+    """Refuse to trace steps that the run does not have. Raises InputError."""
+    if profile and not (first <= profile[1] and profile[0] <= plan.steps):
+        here = f"this run goes from step {first} to {plan.steps}"
+        raise errors.InputError(f"--profile {profile[0]}:{profile[1]}: {here}; name steps of it")
+
+
+class Steps:
+    """The steps of a run, to be iterated over; a context manager.
+
+    Statistics are read when the next step is under way, so that the device never waits for the log. `profile` names
+    the first and the last step of which a trace is written, to `out`/profile.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        first: int,
+        plan: options.Schedule,
+        journal: log.RunLog,
+        clock: speed.Clock,
+        profile: tuple[int, int] | None = None,
+    ):
+        self._folder, self._first, self._plan, self._journal, self._clock = out / "profile", first, plan, journal, clock
+        self._profile, self._tracing, self._open = profile or (0, 0), False, None
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_):
+        self._open = None
+        self._trace(False)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self._first, self._plan.steps + 1):
+            self._trace(self._profile[0] <= step <= self._profile[1])
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield step
+
+    def dispatched(self, step: int, stats: dict, done: speed.Done) -> None:
+        """A step is under way, with these statistics to come; read those of the step before."""
+        self.settle()
+        self._open = step, stats, done
+
+    def settle(self) -> None:
+        """Wait for the last step and read its statistics. Raises NumericError."""
+        if self._open is None:
+            return
+        (step, stats, done), self._open = self._open, None
+        self._clock.did(done)
+        if step % self._plan.log_every == 0 or step == self._plan.steps:
+            self._journal.metrics(step, jax.device_get(stats) | self._clock.line())
+        check_sound(step, stats, self._plan)
+
+    def _trace(self, wanted: bool) -> None:
+        if wanted and not self._tracing:
+            how = jax.profiler.ProfileOptions()
+            how.python_tracer_level = 0  # every call of a Python function would be an event
+            jax.profiler.start_trace(self._folder, profiler_options=how)
+        elif self._tracing and not wanted:
+            self.settle()
+            jax.profiler.stop_trace()
+        self._tracing = wanted
+
+
 class StopSignal:
     """Remembers SIGTERM, so that a loop can save at a step boundary and leave; a context manager.
 
     Of several processes all must leave at the same step, whichever got the signal: there JAX's own preemption
-    service listens and settles on the step.
+    service listens and settles on the question, counted from the first, that all answer with yes. Steps would not do:
+    before the first question it takes the count to be 0, and a resumed run never comes to step 1.
     """
+
+    _questions = itertools.count(1)  # of all runs of a process
 
     def __init__(self):
         self._noted = False
@@ -153,9 +248,9 @@ class StopSignal:
         if self._alone:
             signal.signal(signal.SIGTERM, self._before)
 
-    def at(self, step: int) -> bool:
+    def now(self) -> bool:
         """Whether to leave after this step; to be asked exactly once a step, for the answer may change."""
-        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(next(self._questions))
 
     def _note(self, *_):
         self._noted = True
@@ -175,7 +270,7 @@ class Dev:
     def __init__(self, out: Path, setup: Setup, data: options.Data, settings: options.Evaluation):
         self._runner, self._frozen, self._settings = setup.runner, setup.frozen, settings
         self._frames, self._data = dev_frames(data, settings)
-        self._best = checkpoint.Best(out)
+        self._best = saves.Best(out)
 
     def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
         """Greedy answers to all its questions, scored."""
@@ -190,6 +285,16 @@ class Dev:
     def close(self) -> None:
         """Wait for the last save."""
         self._best.close()
+
+
+def fingerprint(frames: Sequence, shard: pipeline.Shard, *rest: object) -> str:
+    """`pipeline.fingerprint`, for which each process reads its part of the images."""
+    own = np.zeros((-(-len(frames) // shard.count), 32), np.uint8)  # equally many everywhere, the last ones unused
+    for row, image in enumerate(pipeline.image_hashes(frames[shard.index :: shard.count])):
+        own[row] = np.frombuffer(image, np.uint8)
+    parts = np.reshape(multihost_utils.process_allgather(own), (shard.count, *own.shape))
+    images = [row.tobytes() for row in parts.swapaxes(0, 1).reshape(-1, 32)[: len(frames)]]
+    return pipeline.fingerprint(frames, *rest, images=images)
 
 
 def same_data(meta: dict, data_hash: str, out: Path) -> None:

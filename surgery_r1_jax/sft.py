@@ -8,20 +8,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from surgery_r1_jax import (
-    checkpoint,
     errors,
+    flops,
     log,
     lora,
     model,
     optim,
     options,
     pipeline,
+    places,
     run,
+    saves,
     scoring,
     sharding,
+    speed,
 )
 
 
@@ -54,27 +56,32 @@ def loss_and_gradients(graph, params, frozen, batch, number_V, key, settings: op
     return loss, gradients, {"loss": loss, "mean_token_accuracy": correct / tokens, "num_tokens": tokens}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=2)
 def train_step(graph, tx, state, frozen, batch, number_V, settings: options.SFT):
-    """One update; the state is given away."""
+    """One update."""
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
     loss, gradients, stats = loss_and_gradients(graph, state.params, frozen, batch, number_V, key, settings)
     state, more = optim.update(state, loss, gradients, tx)
     return state, stats | more
 
 
-def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> dict:
-    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics."""
-    out, plan = Path(out), settings.schedule
-    frames = pipeline.read(settings.data)
+def train(
+    settings: options.SFT, out: str | Path, *, resume: bool = False, profile: tuple[int, int] | None = None
+) -> dict:
+    """Train, evaluate on dev, keep the best and the last; returns the last evaluation's metrics.
+
+    `profile` names the first and the last step to trace.
+    """
+    out, frames = places.run_folder(out), pipeline.read(settings.data)
+    settings = run.scheduled(settings, frames)
+    plan = settings.schedule
     setup = run.prepare(out, settings, resume=resume, classes=frames[0].classes)
     runner = setup.runner
 
-    stream, _ = pipeline.training(
+    stream = pipeline.training(
         frames, runner.encoder, settings.data, settings.targets, seed=settings.seed, shard=runner.shard
     )
-    order = (settings.seed, settings.data.frames, settings.data.questions, settings.data.workers)
-    data, data_hash = iter(stream), pipeline.fingerprint(frames, *order, settings.targets)
+    rest = settings.seed, stream.plan, settings.targets, settings.data.augment
+    data_hash = run.fingerprint(frames, runner.shard, *rest)
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
@@ -85,12 +92,15 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
     shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
     take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), shardings)
-    saved, first, scores = checkpoint.Checkpoints(out), 0, {}
+    saved, first, scores = saves.Checkpoints(out), 0, {}
     if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings), data)
+        restored = saved.restore(run.abstract_state(abstract, shardings))
         run.same_data(restored.meta, data_hash, out)
-        state, first = restored.state, int(restored.state.step)
+        state, first = restored.state, restored.step
 
+    run.check_profile(profile, first + 1, plan)
+    cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
+    put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
         run.StopSignal() as stop,
         log.RunLog(
@@ -101,22 +111,29 @@ def train(settings: options.SFT, out: str | Path, *, resume: bool = False) -> di
             enabled=jax.process_index() == 0,
             tensorboard=plan.tensorboard,
         ) as journal,
+        stream.starting(first, put) as data,
+        speed.Clock(runner.mesh.devices) as clock,
+        run.Steps(out, first + 1, plan, journal, clock, profile) as steps,
     ):
-        late = None  # statistics are read one step late, so that the device never waits for the log
-        for step in range(first + 1, plan.steps + 1):
-            batch = sharding.put_batch(next(data), runner.mesh)
-            state, stats = take_step(state, setup.frozen, batch, number_V)
-            if late:
-                run.check_sound(step - 1, late, plan)
-            if step % plan.log_every == 0 or step == plan.steps:
-                journal.metrics(step, {k: np.asarray(v) for k, v in stats.items()})
-            late = stats
-            stopping = stop.at(step) and step < plan.steps
-            if (plan.eval_every and step % plan.eval_every == 0) or step == plan.steps:
-                scores = dev.score(step, state.params, journal)
-            if stopping or step == plan.steps or step % plan.save_every == 0:
-                run.check_sound(step, stats, plan)
-                saved.save(step, state, data, {"data": data_hash})
+        for line in stream.plan.lines():
+            journal.say(line)
+        for step in steps:
+            with clock.lap("data_wait"):
+                batch, done = next(data)
+            with clock.lap("update"):
+                state, stats = take_step(state, setup.frozen, batch, number_V)
+                steps.dispatched(step, stats, done)
+                stopping = stop.now() and step < plan.steps
+                saving = stopping or plan.saves(step)
+                if saving or plan.evaluates(step):
+                    steps.settle()
+            if plan.evaluates(step):
+                with clock.lap("evaluation"):
+                    scores = dev.score(step, state.params, journal)
+            if saving:
+                with clock.lap("checkpoint"):
+                    journal.keep()
+                    saved.save(step, state, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
     saved.close()

@@ -55,7 +55,22 @@ def make_mesh(shape: Sequence[int] | None = None, devices: Sequence[jax.Device] 
     if int(np.prod(shape)) != len(devices):
         sizes = " x ".join(map(str, shape))
         raise errors.InputError(f"mesh {sizes} (data x fsdp x tensor) does not use exactly {len(devices)} devices")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    check_owners(np.vectorize(lambda device: device.process_index)(mesh.devices))
+    return mesh
+
+
+def check_owners(process_DFT: np.ndarray) -> None:
+    """Raises InputError where devices of several processes share frames: each process reads frames of its own.
+
+    `process_DFT` holds the process of each device of a mesh.
+    """
+    if (process_DFT != process_DFT[..., :1]).any():
+        size = process_DFT.shape[-1]
+        raise errors.InputError(
+            f"compute.mesh: its tensor axis of {size} reaches over several processes, which share no frames; make it "
+            "as long as one of them has devices, or shorter"
+        )
 
 
 def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh, where: str = "") -> PartitionSpec:

@@ -19,7 +19,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from surgery_r1_jax import images, records, vocabulary
+from surgery_r1_jax import images, prepared, records, vocabulary
 from surgery_r1_jax.answer import WANT
 from surgery_r1_jax.errors import InputError
 from surgery_r1_jax.frames import Frame
@@ -95,26 +95,10 @@ class SurgeryVqla(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format=file_format, **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features
-        record = {
-            "question": features.Text(),
-            "answer": features.Text(),  # one of the classes in the metadata
-            "bbox": features.BBoxFeature(),  # ymin, xmin, ymax, xmax in [0, 1], as everywhere in tensorflow-datasets
-            "kind": features.ClassLabel(names=vocabulary.KINDS),
-            "instrument": features.Text(),  # the one asked about, or nothing
-            "reasoning": features.Text(),  # as the data set gives it, or nothing
-            "want": features.ClassLabel(names=(*WANT, "any")),  # what a prompt asks for; any: the data set does not say
-        }
-        frame = {
-            "id": features.Text(),
-            "sequence": features.Text(),
-            "image": features.Image(shape=(None, None, 3), encoding_format=None),
-            "records": features.Sequence(record),
-        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{self.__doc__} {self.builder_config.description}",
-            features=features.FeaturesDict(frame),
+            features=prepared.features(),
             metadata=tfds.core.MetadataDict(),
             citation=self.builder_config.citation,
             license=self.builder_config.licence,

@@ -77,9 +77,9 @@ class Config:
         """Width of the patches of a unit, one after the other."""
         return self.hidden_size * self.spatial_merge_size**2
 
-    def tower(self, compute: options.Compute, rngs: nnx.Rngs) -> nnx.Module:
+    def tower(self, compute: options.Compute, attend: Callable, rngs: nnx.Rngs) -> nnx.Module:
         """The module that this is the architecture of."""
-        return Tower(self, compute, rngs=rngs)
+        return Tower(self, compute, attend, rngs=rngs)
 
 
 class Seen(NamedTuple):
@@ -109,17 +109,17 @@ class Block(nnx.Module):
         mlp_axes = ("vision", "vision_mlp")
         self.mlp = config.mlp(E, config.intermediate_size, mlp_axes, rngs=rngs, bias=True, stack=stack)
 
-    def __call__(self, x_BWSE, angle_BWSh, image_BWS, *, full: bool, chunk: int | None):
-        """Run one layer over windows, or over whole images when `full`."""
+    def __call__(self, x_BWSE, angle_BWSh, image_BWS, *, full: bool, attend: Callable):
+        """Run one layer over windows, or over whole images when `full`; `attend` is for the latter."""
         qkv = self.qkv(self.norm1(x_BWSE))
         q, k = (layers.rotate(qkv[..., i, :, :], angle_BWSh) for i in (0, 1))
         v = qkv[..., 2, :, :]
         if full:  # one lane a frame; images of a frame are told apart by their number
             flat = lambda a: a.reshape(a.shape[0], 1, -1, *a.shape[3:])  # noqa: E731
             q, k, v, segment = flat(q), flat(k), flat(v), flat(image_BWS)
-        else:
-            segment, chunk = image_BWS, None
-        out = attention.attend(q, attention.Queries(segment), attention.Keys(k, v, segment), chunk=chunk)
+        else:  # windows have few scores: XLA computes all of them at once
+            segment, attend = image_BWS, attention.attend
+        out = attend(q, attention.Queries(segment), attention.Keys(k, v, segment))
         x_BWSE += self.proj(out.reshape(*x_BWSE.shape[:3], *out.shape[3:]))
         return x_BWSE + self.mlp(self.norm2(x_BWSE))
 
@@ -147,8 +147,8 @@ class Merger(nnx.Module):
 class Tower(nnx.Module):
     """Patch embedding, layers and merger."""
 
-    def __init__(self, config: Config, compute: options.Compute, *, rngs):
-        self.config, self.compute = config, compute
+    def __init__(self, config: Config, compute: options.Compute, attend: Callable, *, rngs):
+        self.config, self.compute, self.attend = config, compute, attend
         C, E = config.values_per_patch, config.hidden_size
         self.patch_embed = layers.Linear((C, E), ("patch", "vision"), rngs=rngs)
         self.blocks = Block(config, rngs=rngs, stack=config.depth)
@@ -164,7 +164,7 @@ class Tower(nnx.Module):
 
         def layer(x, params, *, full):
             block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
-            return block(x, angle, image_BWS, full=full, chunk=self.compute.query_chunk)
+            return block(x, angle, image_BWS, full=full, attend=self.attend)
 
         def group(x, params):
             run = lambda full: lambda x, p: layer(x, p, full=full)  # noqa: E731

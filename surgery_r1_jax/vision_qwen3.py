@@ -8,6 +8,7 @@ Source: transformers:models/qwen3_vl/modeling_qwen3_vl.py (Qwen3VLVisionModel) a
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,16 @@ class Config(vision.Config):
     places: int  # along one side of the table
     deep_layers: tuple[int, ...]  # whose outputs DeepStack takes
 
-    def tower(self, compute: options.Compute, rngs: nnx.Rngs) -> nnx.Module:
+    def tower(self, compute: options.Compute, attend: Callable, rngs: nnx.Rngs) -> nnx.Module:
         """The module that this is the architecture of."""
-        return Tower(self, compute, rngs=rngs)
+        return Tower(self, compute, attend, rngs=rngs)
 
 
 class Tower(nnx.Module):
     """Patch embedding with places, layers, and a merger for the last and for each of the deep layers."""
 
-    def __init__(self, config: Config, compute: options.Compute, *, rngs):
-        self.config, self.compute = config, compute
+    def __init__(self, config: Config, compute: options.Compute, attend: Callable, *, rngs):
+        self.config, self.compute, self.attend = config, compute, attend
         C, E = config.values_per_patch, config.hidden_size
         self.patch_embed = layers.Linear((C, E), ("patch", "vision"), rngs=rngs, bias=True)
         table = (config.places**2, E)
@@ -51,7 +52,7 @@ class Tower(nnx.Module):
 
         def run(x, params):
             block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
-            return block(x, angle, image_BWS, full=True, chunk=self.compute.query_chunk)
+            return block(x, angle, image_BWS, full=True, attend=self.attend)
 
         if self.compute.tower_remat:
             run = jax.checkpoint(run)

@@ -26,12 +26,14 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "build.run": {},
     "teacher.Teacher": None,
     "conversations.run": 0,
+    "sheet.write": None,
     "sft.train": {},
     "grpo.train": {},
     "evaluate.run": 0,
     "checkpoint.export": Path("h"),
     "checkpoint.import_folder": Path("k"),
     "ask.run": 0,
+    "run.take_up": None,
     "doctor.start": 0,
     "doctor.describe": 0,
     "fresh.write": Path("h"),
@@ -166,6 +168,12 @@ def refusal(capsys, *argv, status=2):
         ("ask q --checkpoint k --image i --save p", "ask.run", (Path("k"), Path("i"), "q"), {"save": Path("p")}),
         ("doctor --config c --a.b=3", "doctor.start", ((Path("c"), ["--a.b=3"]), Path("c")), {}),
         ("doctor --checkpoint k", "doctor.describe", (Path("k"),), {}),
+        (
+            "data augment --config c --out s.png --frames 2 --a.b=3",
+            "sheet.write",
+            ((Path("c"), ["--a.b=3"]), Path("s.png")),
+            {"count": 2},
+        ),
         ("init h --seed 4", "fresh.write", (Path("h"),), {"seed": 4}),
         ("report a b --out r.html", "report.run", ([Path("a"), Path("b")], Path("r.html")), {"data": None}),
     ],
@@ -173,7 +181,14 @@ def refusal(capsys, *argv, status=2):
 def test_every_command_calls_its_module(calls, argv, name, args, options):
     assert cli.main(argv.split()) == 0
     assert calls[-1] == (name, args, options)
-    needs_devices = name not in ("synth.write", "survey.main", "archives.unpack", "build.run", "report.run")
+    needs_devices = name not in (
+        "synth.write",
+        "survey.main",
+        "archives.unpack",
+        "build.run",
+        "sheet.write",
+        "report.run",
+    )
     assert calls[:-1] == (["start_devices"] if needs_devices else [])
 
 
@@ -199,13 +214,36 @@ def test_every_call_fits_the_function_it_is_made_for(calls, request, name):
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])
 def test_training_takes_overrides_anywhere(calls, program):
-    argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--q=[1, 2]"]
+    argv = [program, "--a.b=c", "--config", "c.yaml", "--seed=3", "--out=runs/x", "--resume", "--profile=10:13"]
+    argv.append("--q=[1, 2]")
     assert cli.main(argv) == 0
     read = {"sft": options.SFT, "grpo": options.GRPO}[program], Path("c.yaml"), ["--a.b=c", "--seed=3", "--q=[1, 2]"]
-    assert calls[-1] == (f"{program}.train", (read, Path("runs/x")), {"resume": True})
+    assert calls[-1] == (f"{program}.train", (read, Path("runs/x")), {"resume": True, "profile": (10, 13)})
     assert cli.main([program, *TRAINING]) == 0
     assert calls[-1][1][0][2] == []
-    assert calls[-1][2] == {"resume": False}
+    assert calls[-1][2] == {"resume": False, "profile": None}
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_the_same_line_starts_goes_on_and_leaves_alone_what_is_done(calls, monkeypatch, capsys, program):
+    of_240 = types.SimpleNamespace(schedule=options.Schedule(steps=240))
+    monkeypatch.setattr(config, "load", lambda *_: of_240)
+    for step, resume in ((None, False), (80, True), (240, None)):
+        monkeypatch.setattr(sys.modules["surgery_r1_jax.run"], "take_up", lambda out, step=step: step)
+        calls.clear()
+        assert cli.main([program, *TRAINING, "--resume", "auto"]) == 0
+        trained = (
+            []
+            if resume is None
+            else [(f"{program}.train", (of_240, Path("runs/x")), {"resume": resume, "profile": None})]
+        )
+        assert calls == ["start_devices", *trained]
+    assert capsys.readouterr().out == "runs/x: all of its 240 steps are done\n"
+
+
+def test_resume_takes_no_other_word(capsys):
+    assert cli.main(["sft", *TRAINING, "--resume", "always"]) == 2
+    assert "invalid choice: 'always'" in capsys.readouterr().err
 
 
 def test_the_status_of_a_handler_is_the_status_of_the_command(calls, monkeypatch):
@@ -249,6 +287,12 @@ def test_every_mistyped_command_and_flag_is_refused_with_the_nearest_name(calls,
             "error: argument --size: expected WIDTHxHEIGHT as in 1280x1024, given '64'",
         ),
         ("data synth d --frames 1 --size 0x", "error: argument --size: expected WIDTHxHEIGHT"),
+        (
+            "sft --config c --out o --profile 13:10",
+            "error: argument --profile: expected FIRST:LAST as in 10:13, given '13:10'",
+        ),
+        ("grpo --config c --out o --profile 0:3", "error: argument --profile: expected FIRST:LAST"),
+        ("grpo --config c --out o --profile 7", "error: argument --profile: expected FIRST:LAST"),
         ("data synth d --frames 1 --balance 1.5", "error: argument --balance: expected a number from 0 to 1"),
         ("data synth d --frames 1 --balance nan", "error: argument --balance: expected a number from 0 to 1"),
         (

@@ -362,6 +362,7 @@ def test_the_module_stands_alone():
         "surgery_r1_jax.config",
         "surgery_r1_jax.errors",
         "surgery_r1_jax.files",
+        "surgery_r1_jax.places",
     }
     assert not {"jax", "numpy", "transformers"} & set(modules)
     assert importlib.import_module("surgery_r1_jax.config") is config

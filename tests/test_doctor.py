@@ -191,7 +191,7 @@ def job_of(toys, program, **more):
 def job_for(settings, folder):
     architecture = hf.read_config(folder)
     encoder = hf.encoder_of(folder, architecture)
-    batch = doctor.first_batch(settings, pipeline.read(settings.data), encoder)
+    batch = doctor.largest_batch(doctor.stream_of(settings, pipeline.read(settings.data), encoder))
     return programs.Job(settings, architecture, doctor.mesh_of(settings.compute.mesh), batch)
 
 
@@ -235,6 +235,13 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
     assert bytes_of.reference == bytes_of.gradients == bytes_of.parameters
     assert bytes_of.moments == pytest.approx(2 * bytes_of.parameters, rel=0.01)
     assert memory.estimated(job_of(toys, options.GRPO, objective={"beta": 0.0})).reference == 0
+
+
+def test_flash_kernels_hold_no_scores_and_are_reckoned_on_a_machine_that_cannot_run_them(toys):
+    job = job_of(toys, options.SFT)
+    compute = job.settings.compute.model_copy(update=dict(attention="pallas"))
+    flash = job._replace(settings=job.settings.model_copy(update=dict(compute=compute)))
+    assert memory.estimated(flash).activations < memory.estimated(job).activations
 
 
 def test_adapters_leave_gradients_moments_and_reference_to_themselves(toys):

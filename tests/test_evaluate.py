@@ -20,7 +20,6 @@ from surgery_r1_jax import (
     hf,
     metrics,
     options,
-    pipeline,
     records,
     sampling,
     sharding,
@@ -28,6 +27,7 @@ from surgery_r1_jax import (
     vocabulary,
 )
 from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.stream import Shard
 
 KEYS = ["frame", "question", "answer", "box", "pred_answer", "pred_box", "iou", "text", "reason"]
 TOKENS = 6
@@ -154,7 +154,7 @@ def test_processes_answer_a_part_each_and_know_the_whole(runner, scripted, frame
     parts = []
     for index in range(2):
         monkeypatch.setattr(evaluate, "_gather", lambda found: parts.append(found) or found)
-        half = runner._replace(shard=pipeline.Shard(index, 2))
+        half = runner._replace(shard=Shard(index, 2))
         evaluate.predict(half, None, frames[:count], config(), TOKENS)
     assert not parts[0].keys() & parts[1].keys()
     monkeypatch.undo()

@@ -19,7 +19,7 @@ from surgery_r1_jax import (
     grid,
     hf,
     images,
-    pipeline,
+    plan,
     records,
     synth,
     tiny,
@@ -312,8 +312,7 @@ def test_small_frames_are_decoded_once_and_bit_for_bit(encoder, frames, monkeypa
     first, second = ([encoder.prompts(f, 0, (), shape)[0].patches_BWSC for f in frames] for _ in range(2))
     assert loaded == [f.image for f in frames]
     np.testing.assert_array_equal(first, second)
-    monkeypatch.setattr(examples, "_KEPT_PIXELS", 84 * 56 + 1)  # room for two
-    careful = dataclasses.replace(encoder)
+    careful = dataclasses.replace(encoder, pictures=images.Kept(2.5 * 3 * 84 * 56 / 2**30))  # room for two
     third, fourth = ([careful.prompts(f, 0, (), shape)[0].patches_BWSC for f in frames] for _ in range(2))
     assert len(loaded) == len(frames) + len(frames) + len(frames) - 2
     np.testing.assert_array_equal(third, first)
@@ -331,13 +330,13 @@ def test_kept_pictures_give_the_patches_of_the_file_whatever_their_shape(tmp_pat
     frame = records.Frame("seq_1/f", "seq_1", file, width, height, ())
     want, want_grid = tight.patches(images.load(file))
     for _ in range(2):
-        found, found_grid = tight.patches(encoder._picture(frame))
+        found, found_grid = tight.patches(encoder.picture(frame))
         assert found_grid == want_grid == encoder.patch_grid(frame)
         np.testing.assert_array_equal(found, want)
 
 
 def test_a_plan_holds_every_frame(encoder, frames):
-    windows, prefix = pipeline.plan_prefix(encoder, frames)
+    windows, prefix = map(max, zip(*plan.image_sizes(encoder, frames), strict=True))
     for frame in frames:
         patch_grid = encoder.patch_grid(frame)
         assert grid.count_windows([patch_grid], encoder.window_side, 2) <= windows

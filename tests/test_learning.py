@@ -1,5 +1,7 @@
 """Training learns: SFT takes in a handful of frames, GRPO moves probability towards what is rewarded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,8 @@ class Bandit:
             self.graph, self.settings, params, self.prompts, key, numbers, WORDS
         )
 
+        self.step = jax.jit(functools.partial(grpo.update_step, self.graph, self.tx, self.settings), donate_argnums=0)
+
     def start(self):
         return optim.start(jax.tree.map(jnp.copy, self.params), self.tx)
 
@@ -95,7 +99,7 @@ class Bandit:
             drawn.mask_BJT, compared.scorable_BJ, valid_BJ & ~drawn.stopped_BJ, self.settings.objective
         )
         experience = grpo.Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
-        state, stats = grpo.update_step(self.graph, self.tx, self.settings, state, {}, experience, ALLOWED, np.int32(0))
+        state, stats = self.step(state, {}, experience, ALLOWED, np.int32(0))
         return state, float(compared.stats["reward"]), stats
 
 

@@ -70,12 +70,23 @@ def test_without_location_questions_the_default_rule_is_returned_with_no_agreeme
     assert location.fit([]) == (LocationRule("organ", "larger_y"), 0.0, 0)
 
 
-def test_flipping_twice_restores_and_flips_only_sides():
-    assert location.flip_location("left-bottom") == "right-bottom"
-    for name in vocabulary.EXTENDED_CLASSES:
-        assert location.flip_location(location.flip_location(name)) == name
-        if name not in vocabulary.LOCATIONS:
-            assert location.flip_location(name) == name
+def test_mirroring_words_twice_restores_them_and_touches_no_class_but_locations():
+    assert location.mirrored("left-bottom", across=True) == "right-bottom"
+    assert location.mirrored("left-bottom", down=True) == "left-top"
+    assert location.mirrored("At the LEFT; Lower, leftmost_tool, lefty.", across=True, down=True) == (
+        "At the RIGHT; Upper, rightmost_tool, lefty."
+    )
+    for name, (across, down) in itertools.product(vocabulary.EXTENDED_CLASSES, itertools.product((0, 1), repeat=2)):
+        once = location.mirrored(name, across=across, down=down)
+        assert location.mirrored(once, across=across, down=down) == name
+        assert (once != name) == (name in vocabulary.LOCATIONS and bool(across or down))
+
+
+def test_a_rule_that_the_answers_contradict_is_not_settled():
+    tool = unit(0, 0, 10, 10)
+    assert location.settled([frame([("left-bottom", tool)] * 9 + [("right-top", tool)], None)]) == LocationRule("image")
+    assert location.settled([frame([("left-bottom", tool)] * 8 + [("right-top", tool)] * 2, None)]) is None
+    assert location.settled([]) is None
 
 
 @settings(deadline=None)
@@ -85,7 +96,7 @@ def test_the_rule_on_a_mirrored_frame_gives_the_flipped_answer(tool, organ, rule
     if tool[0] + tool[2] != reference[0] + reference[2]:  # a tie stays right
         mirrored = [unit(W - x1, y0, W - x0, y1) for x0, y0, x1, y1 in (tool, organ)]
         plain = rule.answer(unit(*tool), unit(*organ))
-        assert rule.answer(*mirrored) == location.flip_location(plain)
+        assert rule.answer(*mirrored) == location.mirrored(plain, across=True)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is missing")

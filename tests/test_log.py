@@ -184,6 +184,15 @@ def test_the_rate_starts_at_the_first_line_of_the_session(tmp_path, monkeypatch)
     assert "train 4/10 | 2.0 s/step | 0:00:12 left | loss 1" in shown(console)
 
 
+def test_the_line_tells_rates_where_they_are_known(tmp_path):
+    console = screen()
+    with log.RunLog(tmp_path, total_steps=10, console=console, plain_every_s=0) as run_log:
+        run_log.metrics(1, {"loss": 1.0, "speed/tokens_per_s": 51234.5, "speed/mfu": 0.414, "time/update": 0.9})
+        run_log.metrics(2, {"loss": 1.0, "speed/tokens_per_s": 51234.5})
+    assert "1/10 | 51,234 tokens/s | MFU 41% | loss 1" in shown(console)
+    assert re.search(r"2/10 \| .* left \| 51,234 tokens/s \| loss 1", shown(console))
+
+
 def test_markup_and_control_characters_of_model_text_are_shown_not_obeyed(tmp_path):
     hostile = "[bold red]x[/bold red] \x1b[31m\x07\x9b2J\r\n\u202eab\u200b \ud800 [/nothing]"
     console = screen(terminal=True, width=400)

@@ -245,6 +245,12 @@ def test_an_array_is_pinned_on_the_mesh_that_the_program_runs_on(meshes):
     assert pin(jnp.zeros((7, 5))).shape == (7, 5)  # on one device there is nothing to say
 
 
+def test_a_tensor_axis_over_several_processes_is_refused():
+    sharding.check_owners(np.array([[[0, 0], [1, 1]]]))
+    with pytest.raises(errors.InputError, match="its tensor axis of 4 reaches over several processes"):
+        sharding.check_owners(np.array([[[0, 0, 1, 1]]]))
+
+
 def test_rows_come_back_in_the_order_they_were_put_and_must_divide(meshes):
     rows = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8.0)}
     placed = sharding.put_batch(rows, meshes[8])

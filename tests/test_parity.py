@@ -241,7 +241,7 @@ def test_control_attention_without_windows_breaks_the_bound(one, monkeypatch):
     from surgery_r1_jax import vision
 
     run = vision.Block.__call__
-    monkeypatch.setattr(vision.Block, "__call__", lambda self, *a, full, chunk: run(self, *a, full=True, chunk=chunk))
+    monkeypatch.setattr(vision.Block, "__call__", lambda self, *a, full, **how: run(self, *a, full=True, **how))
     assert largest_gap(config, params, frames, want) > 10 * LOGITS
 
 

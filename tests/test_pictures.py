@@ -126,3 +126,13 @@ def test_an_embedded_frame_keeps_to_its_limit():
     data, small = decoded(pictures.data_url(Image.fromarray(noise), limit=30_000))
     assert len(data) <= 30_000
     assert abs(small.width / small.height - 1.25) < 0.02
+
+
+def test_named_boxes_are_all_drawn_with_their_names_and_the_caption():
+    drawn = pictures.named(plain(), [("a", LEFT), ("b", RIGHT)], ["a: grasper open"])
+    assert drawn.size[0] == 600
+    assert drawn.height > 480
+    blue = painted(drawn.crop((0, 0, 600, 480)), TRUTH)
+    assert extent(blue) == pytest.approx((60, 120, 540, 360), abs=2)
+    bare = painted(pictures.named(plain(), [("", LEFT), ("", RIGHT)]), TRUTH)
+    assert blue[125:150, 65:90].sum() > bare[125:150, 65:90].sum()

@@ -1,14 +1,16 @@
 """pipeline.py: every question counted once, the same stream for any number of processes, and back to any position."""
 
 import dataclasses
+import json
 from collections import Counter
+from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from surgery_r1_jax import (
     answer,
@@ -16,6 +18,7 @@ from surgery_r1_jax import (
     hf,
     options,
     pipeline,
+    prepared,
     reasoning,
     records,
     synth,
@@ -23,6 +26,8 @@ from surgery_r1_jax import (
     vocabulary,
 )
 from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.plan import Row, plan_rows
+from surgery_r1_jax.stream import Shard
 
 FRAMES = 9
 
@@ -41,12 +46,12 @@ def frames(tmp_path_factory):
 
 
 def config(**more):
-    return options.Data(root="data", **{"frames": 4, "questions": 3, **more})
+    return options.Data(**{"root": "data", "frames": 4, "questions": 3, **more})
 
 
-def take(stream, count):
-    iterator = iter(stream)
-    return [next(iterator) for _ in range(count)]
+def take(stream, count, taken=0):
+    with stream.starting(taken) as batches:
+        return [next(batches) for _ in range(count)]
 
 
 def asked(gold):
@@ -62,7 +67,7 @@ def rows_asked(batches):
     """The rows in the batches, in their order."""
     for _, gold in batches:
         for number, indices, valid in zip(gold.frame_B, gold.record_BQ, gold.valid_BQ, strict=True):
-            yield pipeline.Row(int(number), tuple(indices[valid].tolist()))
+            yield Row(int(number), tuple(indices[valid].tolist()))
 
 
 def leaves(batch):
@@ -99,7 +104,7 @@ def test_every_question_is_asked_once_and_in_order(encoder, frames, count, quest
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_processes_share_an_evaluation_out_without_gaps(encoder, frames, count):
     whole, number = pipeline.once(frames[:count], encoder, config())
-    parts = [pipeline.once(frames[:count], encoder, config(), pipeline.Shard(i, 2)) for i in range(2)]
+    parts = [pipeline.once(frames[:count], encoder, config(), Shard(i, 2)) for i in range(2)]
     assert [n for _, n in parts] == [number] * 2
     for (prompts, gold), *halves in zip(whole, *(batches for batches, _ in parts), strict=True):
         for name in ("prompts", "gold"):
@@ -114,20 +119,20 @@ def test_processes_share_an_evaluation_out_without_gaps(encoder, frames, count):
 @pytest.mark.parametrize("shards", [2, 4])
 def test_processes_partition_every_batch_of_the_stream(encoder, frames, shards):
     """Across an epoch's edge too: the rows do not divide by the batch, nor by the processes."""
-    make = lambda shard: pipeline.rollouts(frames, encoder, config(), seed=3, shard=shard)[0]  # noqa: E731
-    rows = pipeline.plan_rows(frames, 3, 3)
+    make = lambda shard: pipeline.rollouts(frames, encoder, config(), seed=3, shard=shard)  # noqa: E731
+    rows = plan_rows(frames, 3, 3)
     steps = 2 * len(rows) // 4 + 1
     assert len(rows) % 4
-    parts = zip(*(take(make(pipeline.Shard(i, shards)), steps) for i in range(shards)), strict=True)
-    for whole, part in zip(take(make(pipeline.Shard()), steps), parts, strict=True):
+    parts = zip(*(take(make(Shard(i, shards)), steps) for i in range(shards)), strict=True)
+    for whole, part in zip(take(make(Shard()), steps), parts, strict=True):
         for field, pieces in zip(leaves(whole), zip(*map(leaves, part), strict=True), strict=True):
             np.testing.assert_array_equal(np.concatenate(pieces), field)
 
 
 @pytest.mark.parametrize("frames_in_batch", [3, 4, 5])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(encoder, frames, frames_in_batch):
-    rows = pipeline.plan_rows(frames, 3, 7)
-    stream, _ = pipeline.rollouts(frames, encoder, config(frames=frames_in_batch), seed=7)
+    rows = plan_rows(frames, 3, 7)
+    stream = pipeline.rollouts(frames, encoder, config(frames=frames_in_batch), seed=7)
     seen = list(rows_asked(take(stream, -(-4 * len(rows) // frames_in_batch))))
     epochs = [seen[i * len(rows) :][: len(rows)] for i in range(4)]
     assert all(Counter(epoch) == Counter(rows) for epoch in epochs)
@@ -138,7 +143,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(encoder, frames, fra
 
 def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
     def batches(seed, threads=2):
-        return take(pipeline.rollouts(frames, encoder, config(threads=threads), seed=seed)[0], 6)
+        return take(pipeline.rollouts(frames, encoder, config(threads=threads), seed=seed), 6)
 
     first = batches(1)
     assert_same(
@@ -147,31 +152,8 @@ def test_a_seed_fixes_the_stream_and_another_changes_it(encoder, frames):
     assert list(rows_asked(batches(2))) != list(rows_asked(first))
 
 
-@pytest.mark.parametrize("kind", ["training", "rollouts"])
-def test_a_stream_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, frames, kind):
-    if kind == "training":
-        stream, _ = pipeline.training(frames, encoder, config(), options.Targets(box_slack=0.4), seed=1)
-    else:
-        stream, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
-    steps = int(2.5 * len(pipeline.plan_rows(frames, 3, 1)) / 4)
-    assert steps >= 9
-    grain.experimental.assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(stream, steps))
-
-
-@pytest.mark.slow
-def test_worker_processes_change_nothing_and_go_on_where_they_were(encoder, frames):
-    alone, _ = pipeline.rollouts(frames, encoder, config(), seed=1)
-    helped, _ = pipeline.rollouts(frames, encoder, config(workers=2), seed=1)
-    want = take(alone, 9)
-    iterator = iter(helped)
-    assert_same([next(iterator) for _ in range(5)], want[:5])
-    again = iter(helped)
-    again.set_state(iterator.get_state())
-    assert_same([next(again) for _ in range(4)], want[5:])
-
-
 def test_a_batch_larger_than_the_data_is_refused_with_a_remedy(encoder, frames):
-    rows = len(pipeline.plan_rows(frames, 3, 0))
+    rows = len(plan_rows(frames, 3, 0))
     pipeline.rollouts(frames, encoder, config(frames=rows), seed=0)
     reason = rf"data: {rows} rows of frames do not fill a batch of {rows + 1}; lower data\.frames"
     with pytest.raises(InputError, match=reason):
@@ -186,51 +168,198 @@ def test_a_batch_that_processes_cannot_share_is_refused(encoder, frames):
         lambda shard: pipeline.once(frames, encoder, config(), shard),
     ):
         with pytest.raises(InputError, match=r"data\.frames 4 cannot be shared out over 3 processes"):
-            make(pipeline.Shard(0, 3))
+            make(Shard(0, 3))
 
 
-# Rows and shapes
+# Several sources, epochs, state
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 9), st.none() | st.integers(0, 9))
-def test_rows_share_the_questions_out_evenly(counts, questions, seed):
-    record = records.Record("q", "Idle", (0, 0, 1, 1), 1, None, "f:1")
-    frames = [records.Frame(f"s/{n}", "s", None, 1, 1, (record,) * count) for n, count in enumerate(counts)]
-    rows = pipeline.plan_rows(frames, questions, seed)
-    for number, count in enumerate(counts):
-        parts = [row.records for row in rows if row.frame == number]
-        assert sorted(index for part in parts for index in part) == list(range(count))
-        assert len(parts) == -(-count // questions)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    if seed is None:
-        assert [index for row in rows for index in row.records] == [i for count in counts for i in range(count)]
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two data sets in one configuration, of 14 and 7 frames."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, count in (("one", 14), ("two", 7)):
+        synth.write(folder / name, frames=count, seed=count, size=(84, 56), max_tools=3, sequences=("seq_2",))
+    sources = options.Source(root=str(folder / "one"), weight=2.0), options.Source(root=str(folder / "two"))
+    return options.Data(mix=sources, frames=2, questions=3, buckets=3)
 
 
-def test_the_plan_is_the_tightest_that_holds_everything(encoder, frames):
-    stream, shape = pipeline.training(frames, encoder, config(frames=8, questions=9), options.Targets(), seed=0)
-    batches = take(stream, 3)
-    lanes = np.concatenate([(batch.branch_segment_BJT > 0).any(-1).sum(-1) for batch in batches])
-    tokens = np.concatenate([(batch.branch_segment_BJT > 0).sum(-1).ravel() for batch in batches])
-    scored = np.concatenate([batch.score_weight_BL.sum(-1) for batch in batches])
-    assert lanes.max() == shape.lanes
-    assert tokens.max() <= shape.lane_tokens
-    assert shape.scored - 8 < scored.max() <= shape.scored
-    assert all(batch.prefix_mask_BP.sum(-1).max() > shape.prefix - 8 for batch in batches)
+def streams(encoder, data, **more):
+    data = data.model_copy(update=more)
+    frames = pipeline.read(data)
+    return [
+        pipeline.training(frames, encoder, data, options.Targets(reasoning=0.5, box_slack=0.4), seed=1),
+        pipeline.rollouts(frames, encoder, data, seed=1),
+    ]
 
 
-@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=12))
-def test_lanes_hold_every_row_in_no_more_slots_than_a_lane_for_each_branch(lengths):
-    lanes, room = pipeline.plan_lanes(lengths)
-    assert room % 8 == 0
-    assert all(len(examples.pack(row, room)) <= lanes for row in lengths)
-    plain = max(map(len, lengths)) * pipeline.round_up(max(map(max, lengths)), 8)
-    assert max(map(sum, lengths)) <= lanes * room <= plain
+def test_a_mixture_goes_on_from_every_position_of_two_and_a_half_epochs(encoder, mixed):
+    for stream, stride in zip(streams(encoder, mixed), (1, 7), strict=True):
+        steps = int(2.5 * stream.plan.rows / 2)
+        assert steps > 35 and len(stream.shapes) > 1
+        whole = take(stream, steps + 2)
+        for taken in range(0, steps + 1, stride):
+            assert_same(take(stream, 2, taken), whole[taken : taken + 2])
 
 
-def test_short_branches_share_a_lane():
-    assert pipeline.plan_lanes([[19, 18, 20, 18], [18, 18]]) == (2, 40)
-    assert pipeline.plan_lanes([[20], [17]]) == (1, 24)
+def test_worker_processes_change_nothing_from_the_middle_of_the_stream_on(encoder, mixed):
+    alone, _ = streams(encoder, mixed)
+    helped, _ = streams(encoder, mixed, workers=2)
+    assert_same(take(helped, 5, 33), [alone[33 + i] for i in range(5)])
+
+
+def test_a_mixture_draws_by_weight_and_each_source_has_its_epochs(encoder, mixed):
+    frames = pipeline.read(mixed)
+    assert [frame.source for frame in frames] == [0] * 14 + [1] * 7
+    stream = pipeline.rollouts(frames, encoder, mixed, seed=1)
+    number, rows = 200, plan_rows(frames, 3, 1)
+    seen = Counter(rows_asked(stream[i] for i in range(number)))
+    shares = [sum(n for row, n in seen.items() if frames[row.frame].source == source) for source in (0, 1)]
+    assert shares[0] / sum(shares) == pytest.approx(2 / 3, abs=0.01)
+    for source in (0, 1):
+        counts = [seen[row] for row in rows if frames[row.frame].source == source]
+        assert min(counts) > 0 and max(counts) - min(counts) <= 2
+
+
+def test_sources_with_other_answers_or_without_frames_are_refused(encoder, mixed, tmp_path):
+    synth.write(tmp_path / "own", frames=2, seed=0, size=(84, 56), max_tools=1, sequences=("seq_2",))
+    (tmp_path / "own" / "data.json").write_text(json.dumps({"classes": [*vocabulary.CLASSES, "other"]}))
+    other = mixed.model_copy(update=dict(mix=(*mixed.mix, options.Source(root=str(tmp_path / "own")))))
+    with pytest.raises(InputError, match=r"own: its answers are not those of .*one \(19, 18\)"):
+        pipeline.read(other)
+    synth.write(tmp_path / "val", frames=2, seed=0, size=(84, 56), max_tools=1, sequences=("seq_1",))
+    empty = mixed.model_copy(update=dict(mix=(*mixed.mix, options.Source(root=str(tmp_path / "val")))))
+    with pytest.raises(InputError, match=r"val: no frames in split train; take it out of data\.mix"):
+        pipeline.rollouts(pipeline.read(empty), encoder, empty, seed=0)
+
+
+def test_epochs_are_worked_out_as_steps(frames):
+    rows = len(plan_rows(frames, 3))
+    for epochs in (0.01, 1, 2.5):
+        found = pipeline.steps(frames, config(), options.Schedule(epochs=epochs))
+        assert (found.steps, found.epochs) == (max(1, round(epochs * rows / 4)), None)
+    assert pipeline.steps(frames, config(), options.Schedule(steps=7)).steps == 7
+    assert options.Schedule().steps == 1000
+    with pytest.raises(ValueError, match=r"steps 7 and epochs 2\.5 are both given; take one out"):
+        options.Schedule(steps=7, epochs=2.5)
+
+
+def test_the_fingerprint_tells_any_change_of_the_configuration(encoder, mixed):
+    frames = pipeline.read(mixed)
+
+    def of(seed=1, targets=options.Targets(), **more):  # noqa: B008
+        stream = pipeline.training(frames, encoder, mixed.model_copy(update=more), targets, seed=seed)
+        return pipeline.fingerprint(frames, seed, stream.plan, targets)
+
+    heavier = (mixed.mix[0].model_copy(update=dict(weight=3.0)), mixed.mix[1])
+    changed = [
+        of(),
+        of(seed=2),
+        of(targets=options.Targets(reasoning=0.5)),
+        of(frames=1),
+        of(questions=2),
+        of(buckets=1),
+        of(mix=heavier),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert of(workers=2, threads=5, cache=0.0) == changed[0], "how batches are made is not what they are"
+
+
+def test_a_frame_is_changed_by_its_place_in_the_stream_alone_and_only_where_it_still_fits(encoder, frames, monkeypatch):
+    def shifted(frame, picture, rng):
+        shift = int(rng.integers(1, 20))
+        seen.setdefault(frame.id, set()).add(shift)
+        if frame.id == frames[0].id:  # grows too long
+            return dataclasses.replace(
+                frame, records=(dataclasses.replace(frame.records[0], think="so " * 99),) * 9
+            ), picture
+        return frame, Image.fromarray(np.roll(np.asarray(picture), shift, 1))
+
+    seen = {}
+
+    def make(change):
+        monkeypatch.setattr(pipeline, "changing", lambda *_: change)
+        return pipeline.training(frames, encoder, config(), options.Targets(), seed=1)
+
+    plain, moved = make(None), make(shifted)
+    one, again, bare = take(moved, 9), take(make(shifted), 4, taken=5), take(plain, 9)
+    assert_same(again, one[5:])
+    assert all(len(shifts) > 1 for shifts in seen.values()), "another shift at another place"
+    same = [
+        np.array_equal(a.patches_BWSC[b], c.patches_BWSC[b]) for a, c in zip(one, bare, strict=True) for b in range(4)
+    ]
+    assert 0 < sum(same) < len(same) / 3
+    assert moved.shapes[0].lane_tokens > plain.shapes[0].lane_tokens
+
+
+@pytest.mark.parametrize("program", ["training", "rollouts"])
+def test_mirrored_frames_are_taught_and_judged_by_mirrored_labels(encoder, frames, program):
+    def first(**augment):
+        data = config(augment=options.Augment(**augment), frames=len(frames), questions=9)
+        made = getattr(pipeline, program)
+        more = (options.Targets(),) if program == "training" else ()
+        return take(made(frames, encoder, data, *more, seed=1), 1)[0]
+
+    plain, mirrored = first(), first(flip_left_right=1.0)
+    if program == "training":
+        said = [
+            [encoder.chat.tokenizer.decode(ids) for ids in batch.branch_ids_BJT.reshape(-1, 8)]
+            for batch in (plain, mirrored)
+        ]
+        assert said[0] != said[1]
+        return
+    (shown, gold), (other, judged) = plain, mirrored
+    assert np.array_equal(gold.frame_B, judged.frame_B) and np.array_equal(gold.record_BQ, judged.record_BQ)
+    moved = (gold.box_BQ4 != judged.box_BQ4).any(-1) & gold.valid_BQ
+    assert moved.any() and not np.array_equal(shown.patches_BWSC, other.patches_BWSC)
+    x0, y0, x1, y1 = np.moveaxis(gold.box_BQ4[moved], -1, 0)
+    np.testing.assert_allclose(judged.box_BQ4[moved], np.stack([1 - x1, y0, 1 - x0, y1], -1), atol=1e-3)
+    names = np.array(vocabulary.CLASSES)
+    swap = {
+        "left-top": "right-top",
+        "right-top": "left-top",
+        "left-bottom": "right-bottom",
+        "right-bottom": "left-bottom",
+    }
+    asked = moved & (gold.kind_BQ == vocabulary.LOCATION)
+    assert asked.any()
+    assert [swap[name] for name in names[gold.answer_BQ[asked]]] == list(names[judged.answer_BQ[asked]])
+    rest = moved & (gold.kind_BQ != vocabulary.LOCATION) & (gold.kind_BQ != vocabulary.TOOL)
+    assert np.array_equal(gold.answer_BQ[rest], judged.answer_BQ[rest])
+
+
+def test_what_tensorflow_datasets_prepared_gives_the_batches_of_its_source(encoder, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    import surgery_r1_jax.surgery_vqla  # noqa: F401 - makes the name known
+
+    root = toy.write_data(tmp_path / "manual" / "EndoVis-18-VQLA", frames=6)
+    builder = tfds.builder("surgery_vqla/endovis18", data_dir=tmp_path / "prepared")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=tmp_path / "manual"))
+    both = []
+    for place in (root, tmp_path / "prepared", builder.data_dir):
+        data = config(root=str(place), frames=2)
+        found = pipeline.read(data)
+        both.append(take(pipeline.training(found, encoder, data, options.Targets(), seed=1), 4))
+    assert_same(both[1], both[0])
+    assert_same(both[2], both[0])
+    assert [frame.id for frame in found] == [frame.id for frame in pipeline.read(config(root=str(root)))]
+    assert pipeline.fingerprint(found) != pipeline.fingerprint(found[1:])
+    shard = next(Path(builder.data_dir).glob("*train*array_record*"))
+    shard.rename(shard.with_name("gone"))
+    prepared._shards.cache_clear()
+    with pytest.raises(InputError, match="0 of the shards of split train are here; prepare it anew"):
+        pipeline.read(data)
+    (tmp_path / "prepared" / "other").mkdir()
+    for name in ("surgery_vqla/custom/1.0.0", "surgery_vqla/endovis18/2.0.0"):
+        (tmp_path / "prepared" / name).mkdir(parents=True)
+        (tmp_path / "prepared" / name / "dataset_info.json").write_text('{"name": "other"}')
+    with pytest.raises(InputError, match=r"holds 3 prepared data sets; give one of surgery_vqla/custom/1\.0\.0, "):
+        pipeline.read(config(root=str(tmp_path / "prepared")))
+    with pytest.raises(InputError, match=r"metadata\.json: cannot be read"):
+        pipeline.read(config(root=str(tmp_path / "prepared" / "surgery_vqla" / "custom")))
+
+
+# What is read
 
 
 def test_a_limit_spreads_over_the_split(frames):
@@ -351,7 +480,7 @@ def test_a_record_that_says_what_it_wants_is_taught_as_it_stands(encoder, frames
 def test_rollouts_ask_for_what_is_wanted_and_an_evaluation_for_all(encoder, frames):
     own_frames, own_encoder = own(frames), dataclasses.replace(encoder, classes=("open", "shut"))
     settings = config(frames=1, questions=4)
-    stream, _ = pipeline.rollouts(own_frames, own_encoder, settings, seed=0)
+    stream = pipeline.rollouts(own_frames, own_encoder, settings, seed=0)
     for prompts, gold in take(stream, 2):
         wanted = {own_frames[n].records[i].want for n, i in asked(gold)}
         assert wanted == {0, 1, 2, None} and sorted(gold.want_BQ[0]) == [0, 1, 2, 2]

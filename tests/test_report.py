@@ -107,8 +107,20 @@ def curve(steps: int, *, rl: bool) -> list[dict]:
             row |= {"entropy": 0.6 - 0.35 * done + rng.gauss(0, 0.03), "completions/mean_length": length}
             row |= {"completions/min_length": length - 40, "completions/max_length": length + 60}
             row |= {f"rewards/{k}/mean": min(1, v + 0.3 * done + rng.gauss(0, 0.05)) for k, v in TERMS.items()}
-        rows.append(row)
+        rows.append(row | timed(step, rng, rl=rl))
     return rows
+
+
+def timed(step: int, rng: random.Random, *, rl: bool) -> dict:
+    """What a step's line tells of its speed: the first is slow, every fortieth is followed by an evaluation."""
+    spent = {"data_wait": rng.uniform(0.005, 0.02), "update": 1.0, "other": 0.01}
+    spent |= {"rollout": 2.0, "reward": 0.2} if rl else {}
+    spent |= {"compile": 3.0} if step == 1 else {"evaluation": 1.5, "checkpoint": 0.5} if step % 40 == 0 else {}
+    row = {f"time/{phase}": seconds / sum(spent.values()) for phase, seconds in spent.items()}
+    row |= {"elapsed_s": 3.0 * step, "speed/step_s": 1.1 + rng.uniform(0, 0.1), "speed/mfu": rng.uniform(0.38, 0.42)}
+    row |= {"speed/tokens_per_s": rng.gauss(52_000, 900), "speed/frames_per_s": rng.gauss(29, 0.5)}
+    row |= {"padding/prefix": rng.uniform(0, 0.1), "padding/branch": rng.uniform(0.2, 0.3), "memory/used_gib": 61.0}
+    return row | ({"speed/completions_per_s": rng.gauss(310, 5)} if rl else {})
 
 
 TERMS = {"format": 0.7, "accuracy": 0.5, "iou": 0.4, "coherence": 0.3}
@@ -465,3 +477,49 @@ def test_a_broken_folder_is_named(tmp_path):
     (folder / "predictions.jsonl").unlink()
     with pytest.raises(InputError, match=r"base/predictions\.jsonl: cannot read"):
         report.run([folder], tmp_path / "r.html")
+
+
+# Speed
+
+
+def test_the_page_says_where_the_time_went_and_how_much_was_done(tmp_path):
+    html = page(tmp_path)
+    text = re.sub(r"\s+", " ", Reader(html[html.index('id="speed"') : html.index('id="places"')]).text)
+    split = charts.time_split(curve(160, rl=True))
+    shares = {area.label: area.share for area in split.areas}
+    for label, share in shares.items():
+        assert f"{label} {100 * share:.1f} %" in text
+    assert sum(shares.values()) == pytest.approx(1) and shares["rollout"] > shares["update"] > shares["evaluation"] > 0
+    for label in ("Tokens/s", "Completions/s", "MFU", "Padding of branches", "Device memory, GiB"):
+        assert label in text
+    assert text.count("Completions/s") == 1  # SFT draws none
+
+
+def test_a_run_that_tells_no_times_has_no_part_about_speed(tmp_path):
+    stages, bare = run_of_three(), run_of_three()
+    for stage in bare:
+        stage.curve[:] = [{k: v for k, v in row.items() if "time/" not in k} for row in stage.curve]
+    assert 'id="speed"' in page(tmp_path, stages) and 'id="speed"' not in page(tmp_path, bare)
+
+
+def test_bands_of_time_lie_on_each_other_and_fill_the_chart():
+    for steps in (8, 300):
+        split = charts.time_split(curve(steps, rl=True))
+        middle = lambda area: len(area.outline) // 2  # noqa: E731
+        tops = [area.outline[: middle(area)] for area in split.areas]
+        bottoms = [area.outline[middle(area) :][::-1] for area in split.areas]
+        assert {y for _, y in bottoms[0]} == {1.0} and [y for _, y in tops[-1]] == pytest.approx([0] * len(tops[-1]))
+        for top, bottom in zip(tops, bottoms[1:], strict=False):
+            assert top == bottom
+        assert (tops[0][0][0], tops[0][-1][0]) == (0.0, 1.0) and len(tops[0]) <= 120
+
+
+def test_lines_count_by_the_time_that_they_stand_for():
+    rows = [{"step": 1, "elapsed_s": 9.0, "time/compile": 1.0}, {"step": 2, "elapsed_s": 10.0, "time/update": 1.0}]
+    rows.insert(1, {"step": 1, "split": "dev", "elapsed_s": 9.5, "accuracy": 0.5})
+    shares = {area.phase: area.share for area in charts.time_split(rows).areas}
+    assert shares == pytest.approx({"compile": 0.9, "update": 0.1})
+    (update,) = (area for area in charts.time_split(rows, most=1).areas if area.phase == "update")
+    assert {round(y, 9) for _, y in update.outline} == {1.0, 0.9}
+    assert charts.time_split([{"step": 1, "elapsed_s": 1.0, "loss": 2.0}]) is None
+    assert charts.time_split([{"step": 1, "time/update": float("nan")}, {"step": None, "time/update": 1}]) is None

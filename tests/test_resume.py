@@ -21,10 +21,11 @@ from surgery_r1_jax import (
     log,
     optim,
     options,
-    pipeline,
     run,
+    saves,
     sft,
     sharding,
+    sums,
 )
 
 STEPS = 5
@@ -85,18 +86,18 @@ def kill():
 
 
 def whole(out, step):
-    """Every byte that a checkpoint holds: parameters, moments and counters, place in the data, meta."""
+    """Every byte that a checkpoint holds: parameters, moments and counters, meta."""
     folder = out / "checkpoints" / str(step)
     leaves = jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore((folder / "state").absolute()))
     found = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
-    found |= {file.name: file.read_bytes() for file in (folder / "data").glob("*.json")}
     return found | {"meta": (folder / "meta" / "metadata").read_bytes()}
 
 
 def lines(out):
     """What the run logged, without the time it took."""
+    timed = ("elapsed_s", "speed/", "time/", "compile/", "memory/")
     rows = log.read_metrics(out / "metrics.jsonl")
-    return [json.dumps({name: value for name, value in row.items() if name != "elapsed_s"}) for row in rows]
+    return [json.dumps({name: value for name, value in row.items() if not name.startswith(timed)}) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,13 @@ def test_sft_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, 
         interrupt_step(patch, 2, terminate)
         with pytest.raises(errors.Preempted, match=f"after step 2 of {STEPS}"):
             sft.train(settings, tmp_path)
-    assert checkpoint.Checkpoints(tmp_path).latest() == 2
+    assert saves.Checkpoints(tmp_path).latest() == 2
     with monkeypatch.context() as patch:
         # Step 3 is done, evaluated and logged, but not saved.
         interrupt_step(patch, 2, kill)
         with pytest.raises(Killed):
             sft.train(settings, tmp_path, resume=True)
-    assert checkpoint.Checkpoints(tmp_path).latest() == 2 and len(lines(tmp_path)) == 4
+    assert saves.Checkpoints(tmp_path).latest() == 2 and len(lines(tmp_path)) == 4
     sft.train(settings, tmp_path, resume=True)
     assert whole(tmp_path, STEPS) == whole(sft_run, STEPS)
     assert lines(tmp_path) == lines(sft_run)
@@ -129,7 +130,7 @@ def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(p
     monkeypatch.setattr(evaluate, "predict", interrupted(evaluate.predict, 1, terminate))
     with pytest.raises(errors.Preempted, match=f"after step 4 of {STEPS}"):
         sft.train(sft_settings(place), tmp_path)
-    assert checkpoint.Checkpoints(tmp_path).latest() == 4
+    assert saves.Checkpoints(tmp_path).latest() == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -180,6 +181,18 @@ def test_a_run_folder_is_not_trained_over_and_nothing_is_resumed_from_nothing(pl
         sft.train(sft_settings(place), tmp_path, resume=True)
 
 
+def test_a_run_is_taken_up_at_its_last_checkpoint_and_without_one_begun_anew(sft_run, tmp_path):
+    before = lines(sft_run)
+    assert run.take_up(sft_run) == STEPS and lines(sft_run) == before
+    assert run.take_up(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+    with log.RunLog(tmp_path, total_steps=9) as killed:
+        killed.metrics(1, {"loss": 1.0})
+        killed.table(1, [{"completion": "lost"}])
+    assert run.take_up(tmp_path) is None
+    with log.RunLog(tmp_path, total_steps=9):  # as of a new run
+        assert not (tmp_path / "metrics.jsonl").read_bytes() + (tmp_path / "completions.jsonl").read_bytes()
+
+
 def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_path, monkeypatch):
     rates = iter([0.1, 0.3, 0.2, 0.3, 0.0])
     monkeypatch.setattr(evaluate, "score", lambda *_: {"joint_rate": next(rates)})
@@ -187,10 +200,10 @@ def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_pa
     sft.train(sft_settings(place, schedule=schedule), tmp_path)
     assert steps(tmp_path / "checkpoints") == [4, 5]
     assert steps(tmp_path / "best") == [2]
-    assert checkpoint.Best(tmp_path).rate == 0.3
+    assert saves.Best(tmp_path).rate == 0.3
     best, last = (checkpoint.load_model(tmp_path, which=which).params for which in ("best", "last"))
     state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "5" / "state").absolute())
-    assert checkpoint.digest(last) == checkpoint.digest(state["params"]) != checkpoint.digest(best)
+    assert sums.digest(last) == sums.digest(state["params"]) != sums.digest(best)
 
 
 def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(place, tmp_path, monkeypatch):
@@ -217,45 +230,42 @@ def steps(folder):
 
 def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_steps(tmp_path):
     params = {"x": jax.numpy.arange(3.0)}
-    best = checkpoint.Best(tmp_path)
+    best = saves.Best(tmp_path)
     assert best.rate == -1
     best.save(10, params, 0.4)
     best.close()
-    again = checkpoint.Best(tmp_path)  # resumed from before step 10
+    again = saves.Best(tmp_path)  # resumed from before step 10
     assert again.rate == 0.4
     again.save(7, params, 0.5)
     again.close()
-    assert steps(tmp_path / "best") == [7] and checkpoint.Best(tmp_path).rate == 0.5
+    assert steps(tmp_path / "best") == [7] and saves.Best(tmp_path).rate == 0.5
 
 
 def begin(place, folder, mesh):
-    """The target of a restore, a state and a data iterator, as `sft.train` makes them."""
+    """The target of a restore, and a state, as `sft.train` makes them."""
     settings = sft_settings(place, compute=options.Compute(mesh=mesh))
     setup = run.prepare(folder, settings, resume=False)
     tx = optim.transformation(settings.optimizer, STEPS, setup.params)
     abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
     shardings = run.state_shardings(abstract, setup.shardings, setup.runner.mesh)
     state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    frames = pipeline.read(settings.data)
-    data, _ = pipeline.training(frames, setup.runner.encoder, settings.data, settings.targets, seed=0)
-    return setup.runner.mesh, run.abstract_state(abstract, shardings), state, iter(data)
+    return setup.runner.mesh, run.abstract_state(abstract, shardings), state
 
 
 @pytest.mark.parametrize(("source", "target"), [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 1, 1)), ((1, 4, 2), (2, 1, 4))])
 def test_a_checkpoint_restores_onto_another_mesh_with_equal_bytes(place, tmp_path, source, target):
-    _, _, state, data = begin(place, tmp_path, source)
+    _, _, state = begin(place, tmp_path, source)
     rng = np.random.default_rng(0)
     noise = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)  # noqa: E731
     state = jax.tree.map(noise, state)
-    next(data)
-    checkpoint.Checkpoints(tmp_path).save(1, state, data, {})
-    mesh, abstract, _, data_there = begin(place, tmp_path, target)
-    there = checkpoint.Checkpoints(tmp_path).restore(abstract, data_there).state
+    saves.Checkpoints(tmp_path).save(7, state, {})
+    mesh, abstract, _ = begin(place, tmp_path, target)
+    restored = saves.Checkpoints(tmp_path).restore(abstract)
+    there = restored.state
+    assert restored.step == 7
     kernel = there.params["decoder"]["blocks"]["q"]["kernel"]
     assert kernel.sharding == abstract.params["decoder"]["blocks"]["q"]["kernel"].sharding
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(there), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-    for ours, theirs in zip(jax.tree.leaves(next(data)), jax.tree.leaves(next(data_there)), strict=True):
-        assert np.array_equal(ours, theirs)
     loaded = checkpoint.load_model(tmp_path, mesh, which="last")
-    assert checkpoint.digest(loaded.params) == checkpoint.digest(state.params)
+    assert sums.digest(loaded.params) == sums.digest(state.params)

@@ -1,0 +1,282 @@
+#!/usr/bin/env python
+"""What is left of a run when a host is lost, when a save is killed, when the disk is full, and when it turns bits.
+
+    hosts   two processes train a tiny model by the command line; one of them is killed, or stopped, at a named place;
+            the other has to end within a minute with one line, and both, started again with --resume auto, have to
+            arrive at the checkpoint and the log of a run that was never disturbed, bit for bit
+    kills   a save is killed at every so-many-th call that changes something on disk
+    full    a save meets a full disk, or another error, from some such call on
+    bits    one bit of a checkpoint is turned, or a file of it cut or removed
+
+Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux and a C compiler.
+
+.venv/bin/python scripts/prove_failures.py --work /tmp/failures --hosts 20 --kills 200 --bits 500
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HOME), str(HOME / "tests")]
+LIMIT_S = 60  # within which the others have to end
+STEPS, SAVE_EVERY = 9, 3
+WHERE = {"step": (2, 4, 7), "save": (1, 2), "commit": (2, 5), "evaluation": (1, 2)}  # places, and at which call
+ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EACCES")
+
+
+def host(place: str, call: int, number: int, words: list[str]) -> int:
+    """The command line, with a signal to this whole host at call number `call` of a place."""
+    from surgery_r1_jax import cli, hosts
+
+    join, calls = hosts.join, itertools.count(1)
+
+    def strike() -> None:
+        if next(calls) == call:
+            for process in (os.getppid(), os.getpid()):  # the one that watches first
+                os.kill(process, number)
+
+    def struck(function):
+        def first(*arguments, **named):
+            strike()
+            return function(*arguments, **named)
+
+        return first
+
+    def join_armed(*arguments) -> None:
+        join(*arguments)
+        from surgery_r1_jax import evaluate, run, saves
+
+        if place == "step":
+            run.StopSignal.now = struck(run.StopSignal.now)
+        elif place == "save":
+            saves.Checkpoints.save = struck(saves.Checkpoints.save)
+        elif place == "evaluation":
+            evaluate.predict = struck(evaluate.predict)
+        elif place == "commit":  # in the middle of a save
+            ours = lambda given: any("checkpoints/" in str(path) for path in given)  # noqa: E731
+            events = ("os.rename", "os.mkdir", "open")
+            sys.addaudithook(lambda event, given: strike() if event in events and ours(given[:2]) else None)
+
+    hosts.join = join_armed
+    return cli.main(words)
+
+
+class Pair:
+    """Two processes that train together."""
+
+    def __init__(self, folder: Path, out: Path, fault: tuple[int, str, int, int] | None = None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+        environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        self.errors, self.processes = [folder / f"errors{i}" for i in range(2)], []
+        for i, errors in enumerate(self.errors):
+            victim, place, call, number = fault or (-1, "-", 0, 0)
+            words = ["host", place if i == victim else "-", str(call), str(number)]
+            words += ["sft", "--config", str(folder / "sft.yaml"), "--out", str(out), "--resume", "auto"]
+            words += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
+            with errors.open("w") as file, open(os.devnull, "w") as nothing:
+                program = [sys.executable, __file__, *words]
+                self.processes.append(subprocess.Popen(program, env=environ, stdout=nothing, stderr=file))
+
+    def ends(self, index: int, within: float = 600) -> int:
+        """The exit status of one."""
+        return self.processes[index].wait(timeout=within)
+
+    def told(self, index: int) -> list[str]:
+        """What one says is wrong."""
+        return [line for line in self.errors[index].read_text().splitlines() if "error" in line]
+
+
+def prepare(folder: Path) -> None:
+    """Data, a model and the configuration of a run."""
+    import toy
+
+    toy.write_start(folder, frames=12)
+    (folder / "sft.yaml").write_text(
+        f"model: {folder}/start\n"
+        f"data: {{root: {folder}/data, frames: 4, questions: 2}}\n"
+        f"schedule: {{steps: {STEPS}, eval_every: 4, save_every: {SAVE_EVERY}, log_every: 1}}\n"
+        "evaluation: {frames: 4, questions: 2, limit: 3, max_tokens: 4}\n"
+    )
+
+
+def result(out: Path) -> tuple:
+    """All that a run arrived at: the sums of all values, and its log without the time it took."""
+    from surgery_r1_jax import log
+
+    meta = json.loads((out / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
+    rows = log.read_metrics(out / "metrics.jsonl")
+    return meta, [{name: value for name, value in row.items() if name != "elapsed_s"} for row in rows]
+
+
+def prove_hosts(work: Path, count: int) -> int:
+    """Lose hosts; how often it did not end as it should."""
+    folder, out = work / "hosts", work / "hosts" / "run"
+    prepare(folder)
+    plain = Pair(folder, folder / "plain")
+    assert [plain.ends(0), plain.ends(1)] == [0, 0], plain.told(0) + plain.told(1)
+    wanted, places = result(folder / "plain"), [(place, call) for place, calls in WHERE.items() for call in calls]
+    failed, seconds = 0, []
+    for n in range(count):
+        place, call = places[n % len(places)]
+        victim = 0 if place == "commit" else (n // len(places) + n) % 2
+        number = signal.SIGSTOP if n % 4 == 3 else signal.SIGKILL
+        shutil.rmtree(out, ignore_errors=True)
+        began, pair = time.monotonic(), Pair(folder, out, (victim, place, call, number))
+        struck = await_signal(pair.processes[victim].pid)
+        status = pair.ends(1 - victim)
+        took = time.monotonic() - struck
+        if number == signal.SIGSTOP:
+            for process in [*children(pair.processes[victim].pid), pair.processes[victim].pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        pair.ends(victim)
+        said = pair.told(1 - victim)
+        again = Pair(folder, out)
+        codes = [again.ends(0), again.ends(1)]
+        good = status == 69 and len(said) == 1 and took <= LIMIT_S and codes == [0, 0] and result(out) == wanted
+        left = [path.name for path in (out / "checkpoints").iterdir() if not path.name.isdigit()]
+        failed += not good or bool(left)
+        seconds.append(took)
+        name = f"{signal.Signals(number).name} to host {victim} at {place} {call}"
+        told = "ok" if good and not left else f"FAILED: {status} {codes} {said} {left}"
+        print(
+            f"  {n + 1:3} {name:<42} other ends after {took:4.1f} s, {time.monotonic() - began:5.1f} s in all, {told}"
+        )
+    print(
+        f"hosts: {count} lost at {len(places)} places, {failed} failed; the other ended after "
+        f"{statistics.median(seconds):.0f} s (median), {max(seconds):.0f} s (longest)"
+    )
+    return failed
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one started."""
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def await_signal(pid: int) -> float:
+    """When a process was killed or stopped."""
+    while True:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ":
+                return time.monotonic()
+        time.sleep(0.02)
+
+
+def struck_saves(work: Path, fault: str, points: list[float], good) -> tuple[int, int]:
+    """How many saves were struck, and how many of them were not as they should."""
+    folder = work / fault
+    folder.mkdir()
+    environ = os.environ | {"LD_PRELOAD": str(work / "faults.so"), "PYTHONPATH": str(HOME), "JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, str(HOME / "tests" / "faults.py"), str(folder), fault, *map(str, points)]
+    done = subprocess.run(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    struck = [line for line in lines if line["ended"] != 0]  # the number of calls differs a little from save to save
+    wrong = [line for line in struck if not good(line)]
+    wrong += [line for line in lines if line["ended"] == 0 and line.get("step") != 3]
+    for line in wrong:
+        print(f"  FAILED: {line}")
+    return len(struck), len(wrong)
+
+
+def prove_saves(work: Path, kills: int) -> int:
+    """Kill saves and let them fail; how often not all was well afterwards."""
+    shim = [shutil.which("cc") or "gcc", "-shared", "-fPIC", "-O1", "-o", str(work / "faults.so")]
+    subprocess.run([*shim, str(HOME / "tests" / "faults.c"), "-ldl"], check=True)
+
+    def whole(line: dict) -> bool:
+        return line.get("whole") and line["goes_on"] and line["left"] == [] and line["step"] in (2, 3)
+
+    points = [n / max(1, kills - 1) for n in range(kills)]
+    tried, failed = struck_saves(work, "kill", points, lambda line: line["ended"] == -9 and whole(line))
+    print(f"kills: {tried} of a save's calls, {failed} failed")
+    for error in ERRORS:
+        told = lambda line: line["ended"] == 1 and "not saved: " in line["told"] and "\n" not in line["told"]  # noqa: E731
+        few = [n / 10 for n in range(10)]
+        more, wrong = struck_saves(work, error, few, lambda line, told=told: told(line) and whole(line))
+        print(f"full: {error} from {more} calls on, {wrong} failed")
+        failed += wrong
+    return failed
+
+
+def prove_bits(work: Path, count: int) -> int:
+    """Damage a checkpoint; how often that was not noticed and not without effect."""
+    import faults
+
+    from surgery_r1_jax import errors
+
+    logging.disable()  # Orbax tells of what it can do without
+    out, random_ = work / "bits", random.Random(0)
+    faults.prepare(out)
+    files = sorted(path for path in (out / "checkpoints" / "2").rglob("*") if path.is_file())
+    tally = {"refused": 0, "without effect": 0, "silent": 0}
+
+    def look(path: Path, whole: bytes, changed: bytes | None) -> None:
+        path.unlink() if changed is None else path.write_bytes(changed)
+        try:
+            how = "without effect" if faults.restore(out) == (2, True) else "silent"
+        except errors.InputError as refusal:
+            how = "refused" if f"{out}/checkpoints/2: " in str(refusal) else "silent"
+        tally[how] += 1
+        path.write_bytes(whole)
+        if how == "silent":
+            print(f"  FAILED: {path}")
+
+    sizes = [path.stat().st_size for path in files]
+    for path in random_.choices(files, sizes, k=count):
+        whole = path.read_bytes()
+        place, bit = random_.randrange(len(whole)), 1 << random_.randrange(8)
+        look(path, whole, whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+    for path in files:
+        whole = path.read_bytes()
+        for changed in (None, b"", whole[: len(whole) // 2], whole[: len(whole) * 99 // 100]):
+            look(path, whole, changed)
+    assert faults.restore(out) == (2, True)
+    tried = f"{count} bits turned, {len(files)} files removed, emptied, cut at 50 and at 99 %"
+    print(f"bits: {tried}: {', '.join(f'{n} {how}' for how, n in tally.items())}")
+    return tally["silent"]
+
+
+def main() -> int:
+    """All of it; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="new folder")
+    parser.add_argument("--hosts", type=int, default=20, help="hosts to lose (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
+    parser.add_argument("--bits", type=int, default=500, help="bits to turn (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True)
+    began, failed = time.monotonic(), 0
+    if arguments.bits:
+        failed += prove_bits(arguments.work, arguments.bits)
+    if arguments.kills:
+        failed += prove_saves(arguments.work, arguments.kills)
+    if arguments.hosts:
+        failed += prove_hosts(arguments.work, arguments.hosts)
+    print(f"{failed} failed, {(time.monotonic() - began) / 60:.0f} minutes")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["host"]:
+        sys.exit(host(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]))
+    sys.exit(main())

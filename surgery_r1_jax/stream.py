@@ -1,0 +1,226 @@
+"""Batches without end, by number: made in threads and worker processes, and placed ahead of use.
+
+What a batch holds follows from its number alone. So the state of a stream is how many batches were taken of it, going
+on is slicing, and neither worker processes nor the processes that share a batch out change anything.
+"""
+
+import functools
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+
+from surgery_r1_jax import batch, errors, options
+from surgery_r1_jax.batch import Shape
+from surgery_r1_jax.plan import Plan, Row
+
+ENDLESS = 1 << 52  # rows; more batches of one frame Grain cannot count
+AHEAD = 2  # batches that are placed before they are asked for
+LOOK_S = 0.5  # seconds between looks at the worker processes while none gives anything
+CLOSE_S = 3.0  # seconds that a thread is given to end
+
+Example = Callable[[Row, Shape, int], Any]  # of a row, its bucket's shape and its place in the stream
+
+
+class Shard(NamedTuple):
+    """Which of how many equal parts of every batch this process reads."""
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, settings: options.Data) -> slice:
+        """Its rows of a batch. Raises: InputError where a batch has no equal parts."""
+        if settings.frames % self.count:
+            raise errors.InputError(
+                f"data.frames {settings.frames} cannot be shared out over {self.count} processes; take a multiple of "
+                "them"
+            )
+        local = settings.frames // self.count
+        return slice(self.index * local, (self.index + 1) * local)
+
+
+class Turns:
+    """Whose turn each number is, where part i has `shares[i]` of every sum(shares) turns, spread evenly: Grain's
+    selection map.
+
+    Grain's own mix rounds its weights to hundredths of the least one, by which parts drift apart over many epochs.
+    """
+
+    def __init__(self, shares: tuple[int, ...]):
+        self._shares = shares
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """The part, and how many turns it had before."""
+        rest = sum(self._shares)
+        for part, share in enumerate(self._shares):
+            others, others_then = number * (rest - share) // rest, (number + 1) * (rest - share) // rest
+            if others == others_then:  # the turn is not one of the others'
+                return part, number - others
+            number, rest = others, rest - share
+        raise IndexError(number)
+
+
+class Stream:
+    """The batches of a plan: each epoch has every row of a source's bucket once, in an order of its own."""
+
+    def __init__(self, plan: Plan, example: Example, settings: options.Data, seed: int, shard: Shard = Shard()):
+        if plan.rows < plan.frames:
+            raise errors.InputError(
+                f"{settings.name}: {plan.rows} rows of frames do not fill a batch of {plan.frames}; lower data.frames"
+            )
+        self.plan, self._settings = plan, settings
+        self._turns = Turns(tuple(sum(bucket.turns) for bucket in plan.buckets))
+        lists = [_lists(bucket, plan.frames, seed + 64 * number) for number, bucket in enumerate(plan.buckets)]
+        part, frames = shard.part(settings), plan.frames
+
+        def make(number: int, drawn: tuple[Shape, list[Row]]):
+            shape, rows = drawn
+            places = range(number * frames, (number + 1) * frames)
+            return batch.stack([example(row, shape, at) for row, at in zip(rows[part], places[part], strict=True)])
+
+        self._batches = grain.MapDataset.select_from_datasets(lists, self._turns).map_with_index(make)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Those of the buckets."""
+        return [bucket.shape for bucket in self.plan.buckets]
+
+    def __getitem__(self, number: int):
+        """One batch."""
+        return self._batches[number]
+
+    def first_of(self, bucket: int) -> int:
+        """Number of the first batch of a bucket."""
+        return next(number for number in range(ENDLESS) if self._turns[number][0] == bucket)
+
+    def __iter__(self) -> Iterator:
+        with self.starting() as batches:
+            yield from batches
+
+    def starting(self, taken: int = 0, place: Callable[[Any], Any] | None = None) -> "Ahead":
+        """What is left after so many batches, each handed to `place` ahead of use. Close it, or use it in a `with`."""
+        settings = self._settings
+        reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
+        rest = self._batches[taken:].to_iter_dataset(reading)
+        if settings.workers:
+            from absl import flags
+
+            flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
+            rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
+        return Ahead(iter(rest), place or (lambda made: made))
+
+
+class Ahead:
+    """What an iterator of Grain gives, placed by a thread of its own up to AHEAD items before it is asked for.
+
+    What goes wrong there is raised here: a worker process that ended, in whatever way, as InputError.
+    """
+
+    def __init__(self, source: grain.DatasetIterator, place: Callable[[Any], Any]):
+        self._source, self._place = source, place
+        self._before = set(multiprocessing.active_children())
+        self._workers: set[multiprocessing.Process] = set()
+        self._ready: queue.Queue = queue.Queue(AHEAD - 1)  # one more is in the thread's hands
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self):
+        while not self._closing.is_set():
+            try:
+                item, problem = self._ready.get(timeout=LOOK_S)
+            except queue.Empty:
+                if (problem := self._ended_worker()) is None:
+                    continue
+            if problem is None:
+                return item
+            self.close()
+            raise self._explained(problem)
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread and the worker processes."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join(CLOSE_S)  # it may be at work on a batch
+        closing = threading.Thread(target=self._source.close, name="closing", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():  # for ever, where a worker has ended in peace
+            for worker in self._workers:
+                worker.terminate()
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        try:
+            for item in self._source:
+                if not self._offer(self._place(item), None):
+                    return
+            self._offer(None, StopIteration())
+        except BaseException as problem:  # is raised again where the item is asked for
+            self._offer(None, problem)
+
+    def _offer(self, item, problem: BaseException | None) -> bool:
+        """Whether it was taken before the end."""
+        while not self._closing.is_set():
+            try:
+                self._ready.put((item, problem), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _ended_worker(self) -> errors.InputError | None:
+        """What there is to say of a worker process that has ended; Grain waits for ever for one that ends in peace."""
+        started = multiprocessing.active_children()
+        self._workers |= {p for p in started if p not in self._before and p.name.startswith("grain-process-prefetch")}
+        ended = next((worker for worker in self._workers if worker.exitcode is not None), None)
+        if ended is None:
+            return None
+        how = f"ended by itself with status {ended.exitcode}"
+        if ended.exitcode < 0:
+            how = f"was killed by {signal.Signals(-ended.exitcode).name}"
+        return errors.InputError(
+            f"data worker process {ended.pid} {how}, often for want of memory; lower data.workers, data.cache or "
+            "data.frames, and go on from the last checkpoint with --resume"
+        )
+
+    def _explained(self, problem: BaseException) -> BaseException:
+        """What went wrong in the data: in worker processes as one line, in this one as it is."""
+        if isinstance(problem, errors.InputError | StopIteration) or not self._workers:
+            return problem
+        line = errors.InputError(f"data worker: {type(problem).__name__}: {errors.one_line(problem)}")
+        line.__cause__ = problem
+        return self._ended_worker() or line
+
+
+def _lists(bucket, frames: int, seed: int) -> grain.MapDataset:
+    """The batches of a bucket as its shape and lists of rows, without end; a batch may lie in two epochs."""
+    parts = [
+        grain.MapDataset.source(rows).seed((seed + number) % 2**32).shuffle().repeat(ENDLESS // len(rows))
+        for number, rows in enumerate(bucket.rows)
+        if rows
+    ]
+    order = grain.MapDataset.select_from_datasets(parts, Turns(tuple(turn for turn in bucket.turns if turn)))
+    return order.batch(frames, batch_fn=list).map(functools.partial(_with_shape, bucket.shape))
+
+
+def _with_shape(shape: Shape, rows: list[Row]) -> tuple[Shape, list[Row]]:
+    return shape, rows

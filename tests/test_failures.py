@@ -1,0 +1,132 @@
+"""What a run keeps when it is killed, when the disk is full, and when a disk changes what it keeps.
+
+Named cases; scripts/prove_failures.py has all of them.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import jax
+import pytest
+
+from surgery_r1_jax import errors, saves
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("faults are put before system calls by a library, which a C compiler on Linux has to make")
+    library = tmp_path_factory.mktemp("shim") / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, TESTS / "faults.c", "-ldl"], check=True)
+    return library
+
+
+def strike(shim, folder, fault, *points):
+    """What faults.py tells of saves that are struck at these points."""
+    environ = os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    environ["XLA_FLAGS"] = ""  # one device
+    words = [sys.executable, str(TESTS / "faults.py"), str(folder), fault, *map(str, points)]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_save_that_is_killed_at_any_call_leaves_a_whole_checkpoint_to_go_on_from(shim, tmp_path):
+    told = strike(shim, tmp_path, "kill", 0, 0.3, 0.6, 0.9)
+    ended = [line["ended"] for line in told]
+    # The number of calls differs a little from save to save, and their order: the last may not have come.
+    assert ended[:2] == [-signal.SIGKILL] * 2 and set(ended) <= {-signal.SIGKILL, 0}, told
+    for line in told:
+        assert line["step"] in (2, 3) and line["whole"] and line["goes_on"] and line["left"] == [], line
+        assert line["step"] == 3 or line["ended"] != 0, line
+    assert told[0]["step"] == 2, told
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(shim, tmp_path):
+    told = strike(shim, tmp_path, "ENOSPC", 0.1, 0.5)
+    for line in told:
+        assert line["ended"] == errors.StorageError.exit_status, line
+        expected = f"{tmp_path}/struck/checkpoints/3: not saved: No space left on device; step 2 is whole. Make room"
+        assert line["told"].startswith(expected) and "\n" not in line["told"], line
+        assert (line["step"], line["whole"], line["goes_on"], line["left"]) == (2, True, True, []), line
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run with two checkpoints."""
+    out = tmp_path_factory.mktemp("kept")
+    faults.prepare(out)
+    assert faults.restore(out) == (2, True)
+    return out
+
+
+def files(out):
+    return sorted(path for path in (out / "checkpoints" / "2").rglob("*") if path.is_file())
+
+
+def test_a_bit_that_a_disk_turns_is_found_or_does_not_matter(kept):
+    refused = {}
+    for number, path in enumerate(files(kept)):
+        whole = path.read_bytes()
+        for place in {len(whole) // 2, (997 * (number + 1)) % max(1, len(whole))} if whole else ():
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << number % 8)]) + whole[place + 1 :])
+            try:
+                assert faults.restore(kept) == (2, True), (path, place)
+            except errors.InputError as refusal:
+                refused[path.name] = str(refusal)
+        path.write_bytes(whole)
+    assert faults.restore(kept) == (2, True)
+    assert "metadata" in refused and len(refused) >= 3
+    for line in refused.values():
+        assert f"{kept}/checkpoints/2: " in line and "remove it to go on from step 1" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_that_is_cut_or_gone_is_refused_or_does_not_matter(kept, share):
+    refused = 0
+    for path in files(kept):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))]) if share else path.unlink()
+        try:
+            assert faults.restore(kept) == (2, True), path
+        except errors.InputError as refusal:
+            refused += "remove it to go on from step 1" in str(refusal)
+        path.write_bytes(whole)
+    assert refused >= 3 and faults.restore(kept) == (2, True)
+
+
+def test_best_parameters_that_changed_are_not_used(tmp_path):
+    params = {"a": jax.numpy.arange(4096.0)}
+    best = saves.Best(tmp_path)
+    best.save(5, params, 0.5)
+    best.close()
+    wanted = {"a": jax.ShapeDtypeStruct((4096,), "float32", sharding=params["a"].sharding)}
+    assert (saves.params(tmp_path, "best", wanted)["a"] == params["a"]).all()
+    (data,) = (path for path in (tmp_path / "best").rglob("d/*") if path.stat().st_size > 4096)
+    whole = bytearray(data.read_bytes())
+    whole[len(whole) // 2] ^= 16
+    data.write_bytes(whole)
+    with pytest.raises(errors.InputError, match=r"best/5: a is not what was saved; restore it"):
+        saves.params(tmp_path, "best", wanted)
+
+
+def test_a_file_that_may_not_grow_is_told_by_the_system_itself(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(errors.StorageError, match=r"checkpoints/3: not saved: File too large; step 2 is whole"):
+            faults.save(tmp_path / "run", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert faults.restore(tmp_path / "run") == (2, True)
