@@ -1,9 +1,10 @@
 """Token log-probabilities and cross-entropy from hidden states, never holding [tokens, vocabulary] logits.
 
 With 150,000 words the logits would be the largest array of training. Both functions walk along L in chunks,
-form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. Token ids are compared, not looked up, so
-that a vocabulary split over devices is not gathered either. On a mesh the kernel's vocabulary is shared out over all
-axes: only a chunk's hidden states travel inside the loop. Split by D the kernel would be gathered for every chunk.
+form the logits of one chunk and keep a few numbers a token; the backward pass forms them again. Token ids are
+compared, not looked up, so that a vocabulary split over devices is not gathered either. On a mesh the kernel's
+vocabulary is shared out over all axes: only a chunk's hidden states travel inside the loop. Split by D the kernel
+would be gathered for every chunk.
 
 The kernel is laid out as the embedding table, [V, D]: tied weights need no transposed copy. The product runs
 in the precision of the hidden states; what follows, and the kernel's gradient summed over chunks, is float32
