@@ -15,6 +15,8 @@ ALIGNED = 64  # bytes; XLA copies what begins elsewhere
 
 def lay(out: np.ndarray, values: np.ndarray) -> None:
     """Copy values into an array; in strips that fit the cache, if they lie in another order: four times as quick."""
+    if values.dtype == out.dtype:  # as plain bits: NumPy copies types that are not its own, bfloat16, one at a time
+        out, values = (x.view(f"u{x.itemsize}") for x in (out, values))
     if not values.ndim or values.strides[-1] == values.itemsize:
         out[...] = values
         return
