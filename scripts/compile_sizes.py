@@ -13,6 +13,7 @@ scripts/compile_sizes.sh makes an environment with it and calls this.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -101,13 +102,18 @@ def asked(questions: int) -> Shape:
     return LANES._replace(lanes=questions, lane_tokens=QUESTION, scored=1)
 
 
-def compiled(case: Case, only: set[str]) -> list[dict]:
+def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
     """A row for each of the run's programs."""
     job = job_of(case)
     rows, limit = [], HBM[case.slice.partition(":")[0]]
     listed = programs.of(job) | {"evaluation": programs.evaluation(evaluated(job))}
     about = case._asdict() | {"mesh": list(job.mesh.shape.values()), "query_chunk": job.settings.compute.query_chunk}
-    about |= {"kind": type(job.settings).__name__, "remat": job.settings.compute.remat, "beside_gib": 0.0}
+    about |= {
+        "effort": effort,
+        "kind": type(job.settings).__name__,
+        "remat": job.settings.compute.remat,
+        "beside_gib": 0.0,
+    }
     for name, program in listed.items():
         if only and name not in only:
             continue
@@ -115,7 +121,9 @@ def compiled(case: Case, only: set[str]) -> list[dict]:
         lowered = program.lower()
         since, busy = time.monotonic(), time.process_time()
         try:
-            made = lowered.compile()
+            made = lowered.compile(
+                dict(exec_time_optimization_effort=effort, xla_tpu_user_reserved_hbm_bytes=program.beside)
+            )
         except jax.errors.JaxRuntimeError as refusal:
             if "RESOURCE_EXHAUSTED" not in str(refusal):
                 raise
@@ -141,8 +149,8 @@ def evaluated(job: programs.Job) -> programs.Job:
 
 def reason(refusal: str) -> str:
     """How much more than there is a program asks for."""
-    found = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm", refusal)
-    return f"{found[1]} of {found[2]}" if found else refusal.splitlines()[0][:120]
+    found = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm|\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)", refusal)
+    return "{} of {}".format(*filter(None, found.groups())) if found else refusal.splitlines()[0][:120]
 
 
 def line(row: dict) -> str:
@@ -182,11 +190,11 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(each) + " |" for each in lines) + "\n"
 
 
-def sweep(case: Case, family: str, only: set[str]) -> list[dict]:
+def sweep(case: Case, family: str, only: set[str], effort: float) -> list[dict]:
     """The slices of a family from the smallest up to the first that holds every program of the run."""
     rows = []
     for size in SLICES[family]:
-        found = compiled(case._replace(slice=f"{family}:{size}"), only)
+        found = compiled(case._replace(slice=f"{family}:{size}"), only, effort)
         rows += found
         if all(row["fits"] for row in found):
             break
@@ -207,6 +215,7 @@ def main() -> None:
     parser.add_argument("--mesh", default="1,-1,1", help="chips along data, fsdp and tensor; -1: what is left")
     parser.add_argument("--frames", type=int, default=1, help="frames on each chip that frames are spread over")
     parser.add_argument("--programs", default="", help="only these, such as update,rollout,reference,evaluation")
+    parser.add_argument("--effort", type=float, default=-1.0, help="at quick programs, -1 to 1; 0 is what a run has")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON, and beside it as Markdown")
     args, overrides = parser.parse_known_args()
     only = {name for name in args.programs.split(",") if name}
@@ -219,7 +228,8 @@ def main() -> None:
         sys.exit("settings go with --size")
     rows: list[dict] = []
     for case in cases:
-        rows += compiled(case, only) if ":" in case.slice else sweep(case, case.slice, only)
+        find = compiled if ":" in case.slice else functools.partial(sweep, family=case.slice)
+        rows += find(case, only=only, effort=args.effort)
         if args.out:
             args.out.write_text(json.dumps(rows, indent=2) + "\n")
             args.out.with_suffix(".md").write_text(markdown(rows))

@@ -121,8 +121,7 @@ class Decoder(nnx.Module):
             b, _ = block(b, branch_angle, branches.queries, _fresh(branches.queries), _shared(made), self.attend)
             return (_deepened(p, prefix.deep, index), b), None
 
-        if self.compute.remat:
-            layer = jax.checkpoint(layer)
+        layer = layers.recomputed(layer, self.compute.remat)
         (_, x), _ = jax.lax.scan(layer, (prefix.x, branches.x), (stacked, self._indices))
         return self.norm(x)
 

@@ -57,15 +57,14 @@ def collectives(text: str) -> dict[str, Sent]:
             computations[name] = []
         elif name:
             computations[name].append(line)
-    times_run: dict[tuple, int] = {}  # of every transfer: its kind, bytes and channel
+    times_run = Counter()  # of every instruction that sends: its kind, bytes and channel, and where it stands
 
     def run(name: str, times: int) -> None:
         for number, line in enumerate(computations[name]):
             if found := _COLLECTIVE.search(line):
-                # A transfer that is hidden behind other work, the rounds of a loop even, has its channel all over it.
                 channel = mark[1] if (mark := _CHANNEL.search(line)) else f"{name}:{number}"
                 transfer = found[2], _result_bytes(found[1], started=bool(found[3])), channel
-                times_run[transfer] = min(times, times_run.get(transfer, times))
+                times_run[transfer, name, number] += times
             called = _CALLED.findall(line) + [
                 n.strip(" %") for names in _BRANCHES.findall(line) for n in names.split(",")
             ]
@@ -74,8 +73,12 @@ def collectives(text: str) -> dict[str, Sent]:
                 run(each, times * rounds)
 
     run(entry, 1)
+    times_sent: dict[tuple, int] = {}
+    for (transfer, *_), times in times_run.items():
+        # What is hidden behind other work, the rounds of a loop even, has its channel in every instruction of it.
+        times_sent[transfer] = min(times, times_sent.get(transfer, times))
     counts, volume = Counter(), Counter()
-    for (kind, size, _), times in times_run.items():
+    for (kind, size, _), times in times_sent.items():
         counts[kind] += times
         volume[kind] += times * size
     return {kind: Sent(counts[kind], volume[kind]) for kind in KINDS if counts[kind]}

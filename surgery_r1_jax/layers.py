@@ -40,6 +40,16 @@ def gathered(params: nnx.State, dtype: str) -> nnx.State:
     return jax.tree.map(gather, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def recomputed(layer: Callable, everything: bool) -> Callable:
+    """A layer whose backward pass computes `everything` again from the layer's input, or only casts and placements.
+
+    Those always, else every layer's parameters would be kept as `gathered` made them.
+    """
+    cheap = ("convert_element_type", "sharding_constraint")
+    kept = None if everything else lambda primitive, *_, **__: primitive.name not in cheap
+    return jax.checkpoint(layer, policy=kept, prevent_cse=everything)
+
+
 class Linear(nnx.Module):
     """A linear map from the last `inputs` axes of its input to the remaining axes of `shape`."""
 

@@ -13,6 +13,7 @@ is refused.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -167,10 +168,8 @@ class Tower(nnx.Module):
             return block(x, angle, image_BWS, full=full, attend=self.attend)
 
         def group(x, params):
-            run = lambda full: lambda x, p: layer(x, p, full=full)  # noqa: E731
+            run = lambda full: layers.recomputed(functools.partial(layer, full=full), self.compute.tower_remat)  # noqa: E731
             windowed, whole = run(False), run(True)
-            if self.compute.tower_remat:
-                windowed, whole = jax.checkpoint(windowed), jax.checkpoint(whole)
             first, last = (jax.tree.map(lambda p, s=s: p[s], params) for s in (slice(0, -1), -1))
             if config.period > 1:
                 x, _ = jax.lax.scan(lambda x, p: (windowed(x, p), None), x, first)

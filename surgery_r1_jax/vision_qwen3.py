@@ -54,8 +54,7 @@ class Tower(nnx.Module):
             block = nnx.merge(graph, layers.gathered(params, self.compute.dtype))
             return block(x, angle, image_BWS, full=True, attend=self.attend)
 
-        if self.compute.tower_remat:
-            run = jax.checkpoint(run)
+        run = layers.recomputed(run, self.compute.tower_remat)
         deep_layers = self.config.deep_layers
         place = np.full(self.config.depth, len(deep_layers), np.int32)  # beyond the last: not kept
         place[list(deep_layers)] = np.arange(len(deep_layers))
