@@ -67,7 +67,12 @@ class Tower(nnx.Module):
         kept = jnp.zeros((len(deep_layers), *x.shape), x.dtype)
         (x, kept), _ = jax.lax.scan(layer, (x, kept), (stacked, place))
         merger, mergers = nnx.split(self.deep)
-        deep_XBMD = jax.vmap(lambda params, x: nnx.merge(merger, params)(x))(mergers, kept)
+
+        def merge(params, x):
+            return nnx.merge(merger, layers.gathered(params, self.compute.dtype))(x)
+
+        merge = layers.recomputed(merge, self.compute.tower_remat)
+        deep_XBMD = jax.lax.map(lambda each: merge(*each), (mergers, kept))
         return vision.Seen(self.merger(x), deep_XBMD)
 
 

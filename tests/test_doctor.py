@@ -198,7 +198,7 @@ def job_for(settings, folder):
 @pytest.mark.parametrize(("program", "more"), [(options.SFT, {}), (options.GRPO, {"samples": 2})], ids=["sft", "grpo"])
 def test_the_programs_of_a_run_are_lowered_without_any_array(toys, program, more):
     found = programs.of(job_of(toys, program, **more))
-    assert set(found) == ({"update", "rollout"} if program is options.GRPO else {"update"})
+    assert set(found) == ({"update", "rollout", "reference"} if program is options.GRPO else {"update"})
     assert all("sharding" in each.lower().as_text() for each in found.values())
 
 
