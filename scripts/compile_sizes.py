@@ -9,7 +9,7 @@ scripts/compile_sizes.sh makes an environment with it and calls this.
 
     scripts/compile_sizes.sh --size Qwen2.5-VL-3B --config configs/sft_3b.yaml --slice v5e:2x4
     scripts/compile_sizes.sh --size Qwen3-VL-8B --config configs/grpo_7b.yaml --sweep v5e
-    scripts/compile_sizes.sh --out sizes.json      # every row of the README's table; hours on one core
+    scripts/compile_sizes.sh --out sizes.json      # every row of the README's table, in half an hour
 """
 
 import argparse
@@ -108,12 +108,7 @@ def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
     rows, limit = [], HBM[case.slice.partition(":")[0]]
     listed = programs.of(job) | {"evaluation": programs.evaluation(evaluated(job))}
     about = case._asdict() | {"mesh": list(job.mesh.shape.values()), "query_chunk": job.settings.compute.query_chunk}
-    about |= {
-        "effort": effort,
-        "kind": type(job.settings).__name__,
-        "remat": job.settings.compute.remat,
-        "beside_gib": 0.0,
-    }
+    about |= {"kind": type(job.settings).__name__, "remat": job.settings.compute.remat, "effort": effort}
     for name, program in listed.items():
         if only and name not in only:
             continue
@@ -121,9 +116,8 @@ def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
         lowered = program.lower()
         since, busy = time.monotonic(), time.process_time()
         try:
-            made = lowered.compile(
-                dict(exec_time_optimization_effort=effort, xla_tpu_user_reserved_hbm_bytes=program.beside)
-            )
+            how = dict(exec_time_optimization_effort=effort, xla_tpu_user_reserved_hbm_bytes=program.beside)
+            made = lowered.compile(how)
         except jax.errors.JaxRuntimeError as refusal:
             if "RESOURCE_EXHAUSTED" not in str(refusal):
                 raise
@@ -162,26 +156,23 @@ def line(row: dict) -> str:
 
 def cells(row: dict) -> list[str]:
     """A row of the table."""
-    sent = {kind: f"{s['count']:,}, {s['bytes'] / GIB:.1f}" for kind, s in row.get("sent", {}).items()}
-    others = [
-        s for kind, s in row.get("sent", {}).items() if kind not in ("all-gather", "all-reduce", "reduce-scatter")
-    ]
+    sent = {kind: each["bytes"] / GIB for kind, each in row.get("sent", {}).items()}
+    gathered, reduced = sent.pop("all-gather", 0), sent.pop("all-reduce", 0) + sent.pop("reduce-scatter", 0)
+    adapted = "LoRA " if any("lora.rank" in setting for setting in row["overrides"]) else ""
     return [
         row["size"],
-        f"{'LoRA ' if any('lora.rank' in o for o in row['overrides']) else ''}{row['kind']} {row['program']}"
-        + ("" if row["remat"] else ", no remat"),
-        f"{row['slice']}, {' x '.join(map(str, row['mesh']))}",
+        f"{adapted}{row['kind']} {row['program']}{'' if row['remat'] else ', no remat'}",
+        f"{row['slice']}, {'x'.join(map(str, row['mesh']))}",
         str(row["frames"]),
         f"{row['peak_gib']:.1f}" if row["peak_gib"] else row["refusal"],
         "yes" if row["fits"] else "no",
-        *(sent.get(kind, "-") for kind in ("all-gather", "all-reduce", "reduce-scatter")),
-        f"{sum(s['count'] for s in others):,}, {sum(s['bytes'] for s in others) / GIB:.1f}" if others else "-",
+        *(f"{size:.1f}" if row["peak_gib"] else "-" for size in (gathered, reduced, sum(sent.values()))),
         f"{row['compile_s']:.0f}",
     ]
 
 
-HEADS = ["size", "program", "slice, data x fsdp x tensor", "frames a shard", "peak GiB", "fits"]
-HEADS += ["all-gather: times, GiB", "all-reduce", "reduce-scatter", "others", "compile s"]
+HEADS = ["size", "program", "slice, mesh", "frames a chip", "peak GiB", "fits"]
+HEADS += ["gathered GiB", "reduced", "otherwise sent", "compile s"]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -201,8 +192,8 @@ def sweep(case: Case, family: str, only: set[str], effort: float) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    """Compile, print, write."""
+def main() -> int:
+    """Compile, print, write; 1 if a program holds a whole stack of layers."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -237,7 +228,11 @@ def main() -> None:
     for row in rows:
         table.add_row(*cells(row))
     Console(width=200).print(table)
+    gathering = [row for row in rows if row.get("whole_stacks")]
+    for row in gathering:
+        print(f"{row['size']} {row['kind']} {row['program']} holds whole: {', '.join(row['whole_stacks'])}")
+    return bool(gathering)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
