@@ -273,7 +273,7 @@ def test_the_floor_of_questions_alone_equals_its_own_module(frames):
 @pytest.mark.parametrize("name", ["val.json", "v1.val"])
 def test_an_evaluation_writes_its_figures_and_its_answers(folder, data, frames, tmp_path, capsys, name):
     out = tmp_path / "new" / name
-    before = evaluate._decode._cache_size()
+    before = evaluate.greedily._cache_size()
     status = evaluate.run(folder, data, "val", out, frames=2, max_tokens=TOKENS, blank=name == "val.json")
     assert status == 0
     stem = name.removesuffix(".json")
@@ -294,18 +294,18 @@ def test_an_evaluation_writes_its_figures_and_its_answers(folder, data, frames, 
     assert (report["checkpoint"], report["data"], report["split"]) == (str(folder), str(data), "val")
     printed = capsys.readouterr().out
     assert f"val: {report['n']} questions" in printed and "question only" in printed and "miou_legacy" in printed
-    assert evaluate._decode._cache_size() - before <= 2, "one program for the frames, one for the grey image"
+    assert evaluate.greedily._cache_size() - before <= 2, "one program for the frames, one for the grey image"
 
 
 def test_several_batches_are_one_program(runner, loaded, frames):
-    evaluate._decode.clear_cache()
+    evaluate.greedily.clear_cache()
     rows = evaluate.predict(runner, loaded.params, frames[:7], config(frames=2), TOKENS)
-    assert evaluate._decode._cache_size() == 1
+    assert evaluate.greedily._cache_size() == 1
     assert len(rows) == sum(len(frame.records) for frame in frames[:7])
     # The next evaluation of a run finds it compiled, other weights or not.
     other = jax.tree.map(lambda p: p * 0.5, loaded.params)
     evaluate.predict(runner, other, frames[:7], config(frames=2), TOKENS)
-    assert evaluate._decode._cache_size() == 1
+    assert evaluate.greedily._cache_size() == 1
 
 
 def test_a_model_gives_the_same_answers_in_any_batch_on_any_mesh(runner, loaded, frames):
