@@ -34,8 +34,8 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from surgery_r1_jax import hlo, options, programs, sharding, sizes
-from surgery_r1_jax.batch import Shape
+from surgery_r1_jax import hlo, model, options, programs, sharding, sizes
+from surgery_r1_jax.batch import FrameBatch, Shape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
@@ -91,15 +91,20 @@ def job_of(case: Case) -> programs.Job:
     given = {"data.frames": frames, "accumulate": 1, "compute.mesh": list(case.mesh)}
     settings = options.load(CONFIGS / case.config, [*(f"--{k}={v}" for k, v in given.items()), *case.overrides])
     architecture = sizes.architecture(case.size)
-    unit = architecture.vision.patch_size * architecture.vision.spatial_merge_size
-    image = tuple(round(n / unit) * unit for n in PIXELS)
     lanes = LANES if isinstance(settings, options.SFT) else asked(1)
-    return programs.Job(settings, architecture, mesh, programs.blank_batch(architecture, image, TEXT, lanes, frames))
+    return programs.Job(settings, architecture, mesh, batch_of(architecture, lanes, frames))
 
 
 def asked(questions: int) -> Shape:
     """Lanes that hold a question each."""
     return LANES._replace(lanes=questions, lane_tokens=QUESTION, scored=1)
+
+
+def batch_of(architecture: model.Config, lanes: Shape, frames: int) -> FrameBatch:
+    """Frames of PIXELS as near as patches come to it, with their system text."""
+    unit = architecture.vision.patch_size * architecture.vision.spatial_merge_size
+    image = tuple(round(n / unit) * unit for n in PIXELS)
+    return programs.blank_batch(architecture, image, TEXT, lanes, frames)
 
 
 def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
@@ -135,10 +140,8 @@ def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
 
 def evaluated(job: programs.Job) -> programs.Job:
     """The same run with a batch of its evaluation, as many frames as are trained on."""
-    questions, tower = asked(job.settings.evaluation.questions), job.architecture.vision
-    unit = tower.patch_size * tower.spatial_merge_size
-    image = tuple(round(n / unit) * unit for n in PIXELS)
-    return job._replace(batch=programs.blank_batch(job.architecture, image, TEXT, questions, job.settings.data.frames))
+    questions = asked(job.settings.evaluation.questions)
+    return job._replace(batch=batch_of(job.architecture, questions, job.settings.data.frames))
 
 
 def reason(refusal: str) -> str:

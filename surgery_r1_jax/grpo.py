@@ -22,7 +22,6 @@ from surgery_r1_jax import (
     evaluate,
     flops,
     grade,
-    log,
     lora,
     model,
     objectives,
@@ -33,7 +32,6 @@ from surgery_r1_jax import (
     rewards,
     run,
     sampling,
-    saves,
     scoring,
     sharding,
     speed,
@@ -238,35 +236,21 @@ def train(
     reference_graph, _ = model.build(setup.model, settings.compute, attend)
     steps = plan.steps * settings.updates * settings.minibatches
     tx = optim.transformation(settings.optimizer, steps, setup.params)
-    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
-    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), shardings)
-    saved, first, scores = saves.Checkpoints(out), 0, {}
-    if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings))
-        run.same_data(restored.meta, data_hash, out)
-        if restored.meta["reference"] != reference_hash:
-            raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
-        state, first = restored.state, restored.step
+    saved, (state, reached, meta) = run.begin(out, setup, tx, data_hash, resume=resume)
+    if resume and meta["reference"] != reference_hash:
+        raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
+    take_step, scores = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), state), {}
 
-    run.check_profile(profile, first + 1, plan)
+    run.check_profile(profile, reached + 1, plan)
     key = jax.random.key(settings.seed)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     counted = dict(most=settings.sampler.max_tokens, updates=settings.updates, reference=held_against)
     with (
         run.StopSignal() as stop,
-        log.RunLog(
-            out,
-            total_steps=plan.steps,
-            description="grpo",
-            resume_step=first if resume else None,
-            enabled=jax.process_index() == 0,
-            tensorboard=plan.tensorboard,
-        ) as journal,
-        stream.starting(first, lambda pair: (sharding.put_batch(pair[0], runner.mesh), *pair)) as data,
+        run.open_log(out, "grpo", plan, reached if resume else None) as journal,
+        stream.starting(reached, lambda pair: (sharding.put_batch(pair[0], runner.mesh), *pair)) as data,
         speed.Clock(runner.mesh.devices) as clock,
-        run.Steps(out, first + 1, plan, journal, clock, profile) as steps,
+        run.Steps(out, reached + 1, plan, journal, clock, profile) as steps,
     ):
         for line in stream.plan.lines():
             journal.say(line)

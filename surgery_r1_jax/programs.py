@@ -124,32 +124,32 @@ def blank_batch(architecture: model.Config, image: tuple[int, int], text: int, l
 
 def of(job: Job) -> dict[str, Program]:
     """All programs of a run by name: `update`, for GRPO `rollout` and `reference` too."""
-    settings, mesh = job.settings, job.mesh
-    attend = backends.choose(settings.compute, mesh)
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora, attend)
-    still, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
+    settings, mesh, graph = job.settings, job.mesh, _graph(job, job.settings.lora)
     state, tx = state_of(job)
     train, frozen, reference = state
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, train)
     batch = _spread(job.batch, mesh)
-    by_word = lambda dtype: jax.ShapeDtypeStruct(  # noqa: E731
-        (job.architecture.text.vocab_size,), dtype, sharding=sharding.replicated(mesh)
-    )
     if not job.samples:
-        step = run.keep_layout(functools.partial(sft.train_step, graph, tx, settings=settings), shardings)
-        return {"update": Program(lambda: step.lower(train, frozen, batch, by_word(np.int32)), 0)}
+        step = run.keep_layout(functools.partial(sft.train_step, graph, tx, settings=settings), train)
+        return {"update": Program(lambda: step.lower(train, frozen, batch, _by_word(job, np.int32)), 0)}
 
     B, Q = batch.branch_ids_BJT.shape[:2]
     numbers = _spread((np.zeros(B, np.int32), np.zeros((B, Q), np.int32)), mesh)  # of frames and questions
-    key, words = jax.eval_shape(jax.random.key, 0), sampling.Vocabulary(by_word(np.bool_), 0, 0)
-    rollout = (still, settings, model.joined(frozen, train.params), batch, key, numbers, words)
+    key, words = jax.eval_shape(jax.random.key, 0), sampling.Vocabulary(_by_word(job, np.bool_), 0, 0)
+    rollout = (
+        _graph(job, settings.lora.still),
+        settings,
+        model.joined(frozen, train.params),
+        batch,
+        key,
+        numbers,
+        words,
+    )
     drawn = _spread(jax.eval_shape(functools.partial(grpo.roll_out, *rollout[:2]), *rollout[2:]), mesh)
     laid_out = _spread(jax.eval_shape(lambda b, d: sampling.branches(b, d, settings.samples), batch, drawn), mesh)
     advantage_BJ = _spread(jax.eval_shape(lambda x_BJT: x_BJT[..., 0], drawn.logp_BJT), mesh)
     graded = grpo.Experience(laid_out, drawn.mask_BJT, drawn.logp_BJT, drawn.logp_BJT, advantage_BJ)
-    step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), shardings)
-    plain, _ = model.build(job.architecture, settings.compute, attend)
-    held_against = (plain, settings, reference or frozen, laid_out, words.allowed_V)
+    step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), train)
+    held_against = (_graph(job, options.Lora()), settings, reference or frozen, laid_out, words.allowed_V)
 
     moments, beside = bytes_of(train.opt_state), bytes_of(reference)
     programs = {
@@ -164,15 +164,11 @@ def of(job: Job) -> dict[str, Program]:
 
 def evaluation(job: Job) -> Program:
     """Greedy decoding in a run, the batch of the job being the prompts."""
-    settings = job.settings
-    attend = backends.choose(settings.compute, job.mesh)
-    graph, _ = lora.build(job.architecture, settings.compute, settings.lora.still, attend)
+    settings, graph = job.settings, _graph(job, job.settings.lora.still)
     (train, frozen, reference), _ = state_of(job)
     greedy = options.Sampler(max_tokens=settings.evaluation.max_tokens, temperature=0.0)
-    allowed_V = jax.ShapeDtypeStruct(
-        (job.architecture.text.vocab_size,), np.bool_, sharding=sharding.replicated(job.mesh)
-    )
-    given = (graph, model.joined(frozen, train.params), _spread(job.batch, job.mesh), allowed_V, (greedy, 0, 0))
+    params, prompts = model.joined(frozen, train.params), _spread(job.batch, job.mesh)
+    given = (graph, params, prompts, _by_word(job, np.bool_), (greedy, 0, 0))
     return Program(lambda: evaluate.greedily.lower(*given), bytes_of(train.opt_state) + bytes_of(reference))
 
 
@@ -183,20 +179,15 @@ def state_of(job: Job) -> tuple[State, object]:
     params, frozen = lora.split(nnx.to_pure_dict(abstract))
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
     tx = optim.transformation(settings.optimizer, settings.schedule.steps, params)
-    state = jax.eval_shape(lambda params: optim.start(params, tx), params)
-    train = run.abstract_state(state, run.state_shardings(state, places, job.mesh))
+    train = run.abstract_state(jax.tree.map(_placed, params, places), tx, job.mesh)
     dtype = "bfloat16" if adapted.four_bits else adapted.base
-    kept = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), frozen, frozen_places
-    )
+    kept = jax.tree.map(functools.partial(_placed, dtype=dtype), frozen, frozen_places)
     if adapted.four_bits:
         kept = packed.abstract(kept, job.architecture, adapted.base)
     reference = {}
     if job.has_reference:
         made = jax.eval_shape(functools.partial(grpo.frozen_copy, dtype=settings.compute.dtype), train.params)
-        reference = jax.tree.map(
-            lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of.sharding), made, train.params
-        )
+        reference = jax.tree.map(lambda leaf, of: _placed(leaf, of.sharding), made, train.params)
     return State(train, kept, reference), tx
 
 
@@ -227,10 +218,24 @@ def peak(compiled: jax.stages.Compiled) -> int:
     return used.argument_size_in_bytes + own
 
 
+def _graph(job: Job, adapters: options.Lora) -> nnx.GraphDef:
+    """The model as the job's mesh computes it."""
+    compute = job.settings.compute
+    return lora.build(job.architecture, compute, adapters, backends.choose(compute, job.mesh))[0]
+
+
+def _by_word(job: Job, dtype) -> jax.ShapeDtypeStruct:
+    """A value for each word of the vocabulary."""
+    return jax.ShapeDtypeStruct((job.architecture.text.vocab_size,), dtype, sharding=sharding.replicated(job.mesh))
+
+
+def _placed(leaf, where, dtype=None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where)
+
+
 def _spread(tree, mesh: Mesh):
     """Abstract arrays whose frames are spread over the mesh."""
-    where = NamedSharding(mesh, sharding.FRAMES)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+    return jax.tree.map(functools.partial(_placed, where=NamedSharding(mesh, sharding.FRAMES)), tree)
 
 
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
@@ -40,9 +41,8 @@ class Setup(NamedTuple):
 
     runner: evaluate.Runner
     graph: nnx.GraphDef  # as the runner's, but for dropout
-    params: dict  # what is trained
+    params: dict  # what is trained, before the first step; `begin` gives them away
     frozen: dict  # the rest; empty where all is trained
-    shardings: dict  # of `params`
     model: model.Config
     start: str | None  # identity of the model that the run started from, where it must be known again
 
@@ -92,7 +92,7 @@ def prepare(
         )
     pictures = images.Kept(settings.data.cache / (1 + settings.data.workers))
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh, compute, still, classes, pictures)
-    return Setup(runner, graph, params, frozen, jax.tree.map(lambda p: p.sharding, params), loaded.config, start)
+    return Setup(runner, graph, params, frozen, loaded.config, start)
 
 
 def take_up(out: Path) -> int | None:
@@ -128,27 +128,72 @@ def sum_over_parts(function, batch, parts: int, add=None):
     return jax.lax.scan(lambda total, part: (add(total, function(*part)), None), first, rest)[0]
 
 
-def state_shardings(state: optim.TrainState, shardings: dict, mesh: jax.sharding.Mesh) -> optim.TrainState:
-    """Shardings of the whole state: moments live where their parameters do, counters everywhere."""
-    by_path = flatten_dict(shardings)
+def abstract_state(params: dict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
+    """Shapes, dtypes and shardings of the state in which `params`, which may be abstract, are trained.
+
+    Moments live where their parameters do, counters everywhere.
+    """
+    by_path = {path: leaf.sharding for path, leaf in flatten_dict(params).items()}
     everywhere = sharding.replicated(mesh)
 
     def place(path, leaf):
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
         # The optimiser may group parameters under names of its own (muon, adam): what counts is how a path ends.
         ends = (names[start:] for start in range(len(names)))
-        return next((by_path[end] for end in ends if end in by_path and leaf.ndim), everywhere)
+        where = next((by_path[end] for end in ends if end in by_path and leaf.ndim), everywhere)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: optim.start(p, tx), params))
 
 
-def keep_layout(step: Callable, shardings: optim.TrainState) -> Callable:
+def start_state(params: dict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
+    """The state before the first step, in its places; `params` are given away to it."""
+    where = _shardings(abstract_state(params, tx, mesh))
+    return jax.jit(lambda p: optim.start(p, tx), donate_argnums=0, out_shardings=where)(params)
+
+
+def begin(
+    out: Path, setup: Setup, tx: optax.GradientTransformation, data_hash: str, *, resume: bool
+) -> tuple[saves.Checkpoints, saves.Restored]:
+    """A run's checkpoints and what it goes on from: the last of them, or step 0; the setup's parameters are given away.
+
+    Raises: InputError for a checkpoint that cannot be restored, or is of other data.
+    """
+    saved, mesh = saves.Checkpoints(out), setup.runner.mesh
+    if not resume:
+        return saved, saves.Restored(start_state(setup.params, tx, mesh), 0, {})
+    wanted = abstract_state(setup.params, tx, mesh)
+    jax.tree.map(lambda leaf: leaf.delete(), setup.params)  # there need not be room for both
+    restored = saved.restore(wanted)
+    same_data(restored.meta, data_hash, out)
+    return saved, restored
+
+
+def keep_layout(step: Callable, state: optim.TrainState) -> Callable:
     """`step(state, ...) -> (state, statistics)`, jitted: the state is given away and comes back laid out as it was.
 
     Left to itself the compiler lays the new state out as it likes: the second step would be compiled anew, and a
     resumed run would add up in another order than one that never stopped.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    where = _shardings(state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
+
+
+def _shardings(state: optim.TrainState) -> optim.TrainState:
+    """Where the arrays of a state are."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def open_log(out: Path, description: str, plan: options.Schedule, resume_step: int | None) -> log.RunLog:
+    """The log of a run, which only the first process writes; `resume_step` None for a new one."""
+    return log.RunLog(
+        out,
+        total_steps=plan.steps,
+        description=description,
+        resume_step=resume_step,
+        enabled=jax.process_index() == 0,
+        tensorboard=plan.tensorboard,
+    )
 
 
 def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
@@ -304,13 +349,6 @@ def same_data(meta: dict, data_hash: str, out: Path) -> None:
             f"{out}: labels, images or the settings of their order changed since the checkpoint "
             f"(fingerprint {meta['data'][:12]}, now {data_hash[:12]}); restore them, or start a new run from {out}"
         )
-
-
-def abstract_state(state: optim.TrainState, shardings: optim.TrainState) -> optim.TrainState:
-    """Shapes, dtypes and shardings of a state, for restoring into."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, shardings
-    )
 
 
 def flat(scores: dict) -> dict:

@@ -23,7 +23,7 @@ FORMAT = 2
 
 
 class Restored(NamedTuple):
-    """What a resumed run goes on from."""
+    """What a run goes on from."""
 
     state: optim.TrainState
     step: int  # batches taken of the data: all there is to know of its place there

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from surgery_r1_jax import (
     errors,
     flops,
-    log,
     lora,
     model,
     optim,
@@ -20,7 +19,6 @@ from surgery_r1_jax import (
     pipeline,
     places,
     run,
-    saves,
     scoring,
     sharding,
     speed,
@@ -88,32 +86,17 @@ def train(
     )
 
     tx = optim.transformation(settings.optimizer, plan.steps, setup.params)
-    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup.shardings, runner.mesh)
-    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), shardings)
-    saved, first, scores = saves.Checkpoints(out), 0, {}
-    if resume:
-        restored = saved.restore(run.abstract_state(abstract, shardings))
-        run.same_data(restored.meta, data_hash, out)
-        state, first = restored.state, restored.step
-
-    run.check_profile(profile, first + 1, plan)
+    saved, (state, reached, _) = run.begin(out, setup, tx, data_hash, resume=resume)
+    take_step, scores = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), state), {}
+    run.check_profile(profile, reached + 1, plan)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
         run.StopSignal() as stop,
-        log.RunLog(
-            out,
-            total_steps=plan.steps,
-            description="sft",
-            resume_step=first if resume else None,
-            enabled=jax.process_index() == 0,
-            tensorboard=plan.tensorboard,
-        ) as journal,
-        stream.starting(first, put) as data,
+        run.open_log(out, "sft", plan, reached if resume else None) as journal,
+        stream.starting(reached, put) as data,
         speed.Clock(runner.mesh.devices) as clock,
-        run.Steps(out, first + 1, plan, journal, clock, profile) as steps,
+        run.Steps(out, reached + 1, plan, journal, clock, profile) as steps,
     ):
         for line in stream.plan.lines():
             journal.say(line)

@@ -44,6 +44,17 @@ def params(config):
     return toy.params(config)
 
 
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The encoder of a tiny model's folder."""
+    import toy
+
+    from surgery_r1_jax import hf, tiny
+
+    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
+    return hf.encoder_of(folder, hf.read_config(folder))
+
+
 @pytest.fixture
 def uneven_rewards(monkeypatch):
     """Untrained models never earn anything: half of their completions shall count as well formed."""

@@ -1,19 +1,11 @@
 """grade.py: the text of every lane is read once and lands beside the gold of its question."""
 
 import numpy as np
-import pytest
-import toy
 
-from surgery_r1_jax import answer, grade, hf, tiny, vocabulary
+from surgery_r1_jax import answer, grade, vocabulary
 from surgery_r1_jax.batch import ANSWER, BOTH, BOX, padding_gold, stack
 
 WIDTH, HEIGHT = 80, 40  # of the image as the model sees it
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
-    return hf.encoder_of(folder, hf.read_config(folder))
 
 
 def gold_of(*questions, organ=None):

@@ -349,11 +349,12 @@ def test_grpo_keeps_the_base_once_and_it_serves_as_the_reference(place, tmp_path
             ours, frozen = flatten_dict(seen["reference"]), flatten_dict(setups[-1].frozen)
             assert ours.keys() == frozen.keys() and all(ours[path] is frozen[path] for path in ours)
             model_bytes = sum(leaf.nbytes for leaf in frozen.values())
+            del ours, frozen
         seen.clear()
         setups.clear()
         gc.collect()
     assert used["adapters"] < 1.1 * model_bytes, "one copy"
-    assert used["whole"] > 3.9 * model_bytes, "weights, two moments and the reference"
+    assert 3.9 < used["whole"] / model_bytes < 4.1, "weights, two moments and the reference"
 
 
 def test_adapters_of_another_base_are_refused(place, trained, tmp_path):

@@ -60,14 +60,11 @@ KEEP = optax.GradientTransformation(
 
 @pytest.fixture(scope="module")
 def started(config, meshes, placed):
-    """The state before the first step and its shardings, by number of devices."""
-    graph, abstract = model.build(config)
+    """The state before the first step, by number of devices."""
 
     def start(devices, tx=KEEP):
         mesh, params = meshes[devices], placed[devices]
-        shapes = jax.eval_shape(lambda p: optim.start(p, tx), params)
-        shardings = run.state_shardings(shapes, sharding.of_params(abstract, mesh), mesh)
-        return jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(params), shardings
+        return run.start_state(jax.tree.map(jnp.copy, params), tx, mesh)
 
     return start
 
@@ -79,12 +76,13 @@ def sft_on(config, batch, meshes, started):
     @functools.lru_cache
     def compute(devices, accumulate):
         settings = options.SFT(model="-", accumulate=accumulate, data=options.Data(root="-", frames=8))
-        state, shardings = started(devices)
-        step = run.keep_layout(functools.partial(sft.train_step, graph, KEEP, settings=settings), shardings)
+        state = started(devices)
+        step = run.keep_layout(functools.partial(sft.train_step, graph, KEEP, settings=settings), state)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
         for _ in range(2):
             state, stats = step(state, {}, sharding.put_batch(batch, meshes[devices]), NOTHING)
         assert step._cache_size() == 1, "the second step was compiled anew"
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
         return stats["loss"], state.opt_state, stats
 
     return compute
@@ -152,8 +150,8 @@ def grpo_on(config, rollout_on, meshes, started, settings):
 
     @functools.lru_cache
     def compute(devices, accumulate):
-        state, shardings = started(devices)
-        step = run.keep_layout(functools.partial(grpo.update, graph, KEEP, settings(accumulate)), shardings)
+        state = started(devices)
+        step = run.keep_layout(functools.partial(grpo.update, graph, KEEP, settings(accumulate)), state)
         state, stats = step(state, {}, sharding.put_batch(experience, meshes[devices]), ALLOWED)
         return state.opt_state, stats
 
@@ -189,7 +187,7 @@ def test_parts_are_groups_of_whole_frames_that_add_up_to_the_batch(parts):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_parameters_and_moments_are_spread_over_the_mesh(placed, started, kind):
     tx = optim.transformation(options.Optimizer(kind=kind), 10, placed[8])
-    state, _ = started(8, tx)
+    state = started(8, tx)
 
     def share(tree):
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]

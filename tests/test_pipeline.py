@@ -15,14 +15,12 @@ from PIL import Image
 from surgery_r1_jax import (
     answer,
     examples,
-    hf,
     options,
     pipeline,
     prepared,
     reasoning,
     records,
     synth,
-    tiny,
     vocabulary,
 )
 from surgery_r1_jax.errors import InputError
@@ -30,12 +28,6 @@ from surgery_r1_jax.plan import Row, plan_rows
 from surgery_r1_jax.stream import Shard
 
 FRAMES = 9
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
-    return hf.encoder_of(folder, hf.read_config(folder))
 
 
 @pytest.fixture(scope="module")

@@ -5,20 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import toy
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import examples, grid, hf, labellist, options, pipeline, plan, records, synth, tiny
+from surgery_r1_jax import examples, grid, labellist, options, pipeline, plan, records, synth
 
 LABELS = SHARED / "data" / "endovis18" / "labels_train.txt"
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"), toy.SIZES)
-    return hf.encoder_of(folder, hf.read_config(folder))
 
 
 @pytest.fixture(scope="module")

@@ -246,10 +246,25 @@ def begin(place, folder, mesh):
     settings = sft_settings(place, compute=options.Compute(mesh=mesh))
     setup = run.prepare(folder, settings, resume=False)
     tx = optim.transformation(settings.optimizer, STEPS, setup.params)
-    abstract = jax.eval_shape(lambda p: optim.start(p, tx), setup.params)
-    shardings = run.state_shardings(abstract, setup.shardings, setup.runner.mesh)
-    state = jax.jit(lambda p: optim.start(p, tx), out_shardings=shardings)(setup.params)
-    return setup.runner.mesh, run.abstract_state(abstract, shardings), state
+    mesh = setup.runner.mesh
+    abstract = run.abstract_state(setup.params, tx, mesh)
+    return mesh, abstract, run.start_state(setup.params, tx, mesh)
+
+
+def test_weights_that_a_checkpoint_replaces_are_let_go_before_it_is_read(place, sft_run, tmp_path, monkeypatch):
+    out, restore = shutil.copytree(sft_run, tmp_path / "run"), saves.Checkpoints.restore
+    settings = sft_settings(place)
+    setup = run.prepare(out, settings, resume=True)
+
+    def restored(self, wanted):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(setup.params))
+        return restore(self, wanted)
+
+    monkeypatch.setattr(saves.Checkpoints, "restore", restored)
+    tx = optim.transformation(settings.optimizer, STEPS, setup.params)
+    meta = json.loads((out / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
+    _, reached = run.begin(out, setup, tx, meta["data"], resume=True)
+    assert reached.step == int(reached.state.step) == STEPS
 
 
 @pytest.mark.parametrize(("source", "target"), [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 1, 1)), ((1, 4, 2), (2, 1, 4))])
