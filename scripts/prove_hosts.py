@@ -9,9 +9,6 @@ relative to it, whether all answers and drawn texts are the same, and what other
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,17 +26,9 @@ evaluation: {{frames: 4, questions: 2, limit: 5, max_tokens: 4}}
 
 def start(folder: Path, count: int, words: list[str]) -> tuple[float, str]:
     """Run a command as so many processes: seconds, and what others than the first printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = os.environ | {"PYTHONPATH": str(HOME), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environ |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
-    running, began = [], time.monotonic()
-    for index in range(count):
-        place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(index)]
-        with (folder / f"printed{index}").open("w") as file:
-            program = [sys.executable, "-m", "surgery_r1_jax.cli", *words, *(place if count > 1 else [])]
-            running.append(subprocess.Popen(program, env=environ, stdout=file, stderr=subprocess.STDOUT))
+    import toy
+
+    began, running = time.monotonic(), toy.start_group(folder, count, words)
     codes = [process.wait() for process in running]
     printed = "".join((folder / f"printed{index}").read_text() for index in range(1, count))
     assert codes == [0] * count, (codes, printed, (folder / "printed0").read_text()[-2000:])

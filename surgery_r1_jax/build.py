@@ -30,14 +30,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from surgery_r1_jax import answer, files, labellist, location, records, teacher, tracecheck, traces, vocabulary
+from surgery_r1_jax import answer, files, labellist, location, places, records, teacher, tracecheck, traces, vocabulary
 from surgery_r1_jax.errors import InputError, printable
 from surgery_r1_jax.recordfile import FORMS
 from surgery_r1_jax.records import Box, Frame, Record
 
 MOST = 100  # records of one kind from one question
-
-_OURS = {"frames", "records.jsonl", "data.json", "stats.json", "dialogues.jsonl"}
 
 
 class Item(NamedTuple):
@@ -86,9 +84,7 @@ def run(
     question is drawn by lot. `size` is (width, height) of the frames of a list. `ask` is who writes the reasoning
     in place of `traces`. `out` is there whole or not at all. Raises: InputError.
     """
-    source, out = Path(source), Path(out)
-    kinds = _checked(kinds or dict.fromkeys(FORMS, 1.0))
-    _require_new(out)
+    source, out, kinds = places.fetched(source), files.vacant(out), _checked(kinds or dict.fromkeys(FORMS, 1.0))
     frames, with_images = read(source, size)
     if ask and not with_images:
         raise InputError(f"{printable(source)}: a list of labels has no frames for a teacher to look at; name a folder")
@@ -104,31 +100,26 @@ def run(
     taught = teacher.write(ask, questions) if ask else [None] * len(questions)
     texts = dict(zip((item.id for item in reasoned), taught, strict=True))
 
-    part = out.with_name(out.name + ".part")
-    _clear(part)
     try:
-        part.mkdir(parents=True)
-        stats = _write(part, items, texts, rule.reference, seed, dialogues)
-        if with_images:
-            for frame in _bar(frames, "linking frames"):
-                _link(frame.image, part / _image(frame))
-        about = {
-            "name": out.name,
-            "boxes": "pixel",
-            "classes": frames[0].classes,
-            "location": dataclasses.asdict(rule),
-        }
-        if not with_images:
-            about |= {"images": False, "size": size}
-        stats = {"frames": len(frames), "questions": sum(len(frame.records) for frame in frames)} | stats
-        stats |= {"seed": seed, "weights": kinds}
-        files.write_json(part / "data.json", about)
-        files.write_json(part / "stats.json", stats)
-        os.replace(part, out)  # over a folder that is there and empty, too
+        with files.new_folder(out) as part:
+            stats = _write(part, items, texts, rule.reference, seed, dialogues)
+            if with_images:
+                for frame in _bar(frames, "linking frames"):
+                    _link(frame.image, part / _image(frame))
+            about = {
+                "name": out.name,
+                "boxes": "pixel",
+                "classes": frames[0].classes,
+                "location": dataclasses.asdict(rule),
+            }
+            if not with_images:
+                about |= {"images": False, "size": size}
+            stats = {"frames": len(frames), "questions": sum(len(frame.records) for frame in frames)} | stats
+            stats |= {"seed": seed, "weights": kinds}
+            files.write_json(part / "data.json", about)
+            files.write_json(part / "stats.json", stats)
     except OSError as error:
         raise InputError(f"{printable(out)}: cannot be written ({error.strerror or error}); make room there") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     _print(stats, out)
     return stats
 
@@ -253,20 +244,6 @@ def _link(image: Path, target: Path) -> None:
         raise InputError(f"{printable(image)}: a second image for {target.name}; rename one") from None
     except OSError:  # another disk, or none that can link
         shutil.copyfile(image, target)
-
-
-def _require_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{printable(out)}: is there already; name a new folder or remove it")
-
-
-def _clear(part: Path) -> None:
-    """Remove what a killed run left, and nothing else."""
-    if not part.exists() and not part.is_symlink():
-        return
-    if part.is_symlink() or not part.is_dir() or {path.name for path in part.iterdir()} - _OURS:
-        raise InputError(f"{printable(part)}: is in the way; move it")
-    shutil.rmtree(part)
 
 
 def _checked(kinds: Mapping[str, float]) -> dict[str, float]:

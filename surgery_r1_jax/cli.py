@@ -136,7 +136,7 @@ def commands() -> dict[str, Parser]:
         "data build", handlers.build, "Make a training set: each question in six kinds, half with reasoning.", example
     )
     add("source", type=place, metavar="SOURCE", help="data set folder, or a list of labels without images")
-    add("out", type=on_disk, metavar="OUT", help="new folder: records, statistics, frames")
+    add("out", type=place, metavar="OUT", help="new folder: records, statistics, frames")
     about = (
         "kinds and records of each from a question: vqa, grounding or vqla, _direct or _cot (default: all, one each)"
     )
@@ -154,7 +154,7 @@ def commands() -> dict[str, Parser]:
     example = "data/EndoVis-18-VQLA data/for_trl --model checkpoints/Qwen2.5-VL-3B-Instruct"
     add = command("data export", handlers.data_export, "Write a data set for TRL, ms-swift or LLaMA-Factory.", example)
     add("source", type=place, metavar="SOURCE", help=DATA)
-    add("out", type=on_disk, metavar="OUT", help="new folder: conversations and images")
+    add("out", type=place, metavar="OUT", help="new folder: conversations and images")
     add("--model", type=place, required=True, metavar="DIR", help="model to train: its box units and pixel limits")
     about = "messages: TRL, ms-swift; sharegpt: LLaMA-Factory, ms-swift (default: %(default)s)"
     add("--format", choices=("messages", "sharegpt"), default="messages", help=about)

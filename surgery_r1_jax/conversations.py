@@ -38,11 +38,9 @@ def run(
 ) -> int:
     """Write the data set for the model in a Hugging Face or run folder; `form` is a key of FORMS.
 
-    Raises: InputError where `out` exists, and for what cannot be written so that every trainer reads it alike.
+    Raises: InputError where `out` holds files, and for what cannot be written so that every trainer reads it alike.
     """
-    out = Path(out)
-    if out.exists():
-        raise InputError(f"{out}: already exists; give a new folder")
+    out = files.vacant(out)
     frames, folder = records.read(source, strict=strict, boxes=boxes), checkpoint.folder_of(model)
     architecture = hf.read_config(folder)
     encoder = hf.encoder_of(folder, architecture, frames[0].classes if frames else None)

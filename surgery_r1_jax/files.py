@@ -38,23 +38,32 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def vacant(out: str | Path) -> Path:
+    """The place of a new folder. Raises: InputError where it holds files already, or its bucket does not answer."""
+    out = places.reached(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{printable(out)}: already exists and is not an empty folder; give a new one")
+    return out
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill beside `out`, which takes its name at the end; nothing is left of it after an error.
 
-    One for a bucket is filled on this disk and put there. Raises: InputError where `out` holds files already.
+    One for a bucket is filled on this disk and put there. Raises: InputError where `out` is not `vacant`.
     """
-    out = places.reached(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: already exists and is not an empty folder; give a new one")
+    out = vacant(out)
     if places.remote(out):
         with places.scratch() as folder:
             yield folder
             places.put_folder(folder, out)
         return
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(f".{out.name}.part")  # nobody else's: what a killed command left there may go
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"{printable(part)}: is in the way; remove it") from None
     try:
         yield part
         if out.exists():

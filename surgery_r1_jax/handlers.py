@@ -11,7 +11,7 @@ import os
 import types
 from pathlib import Path
 
-from surgery_r1_jax import hosts, launchers
+from surgery_r1_jax import hosts, launchers, places
 from surgery_r1_jax.errors import InputError
 
 
@@ -99,7 +99,8 @@ def build(args: argparse.Namespace) -> None:
         raise InputError("--teacher URL and --teacher-model NAME go together; give both or neither")
     ask = None
     if args.teacher:
-        cache = args.teacher_cache or args.out.with_name(f"{args.out.name}.teacher.jsonl")
+        beside = places.cache() if places.remote(args.out) else args.out.parent
+        cache = args.teacher_cache or beside / f"{args.out.name}.teacher.jsonl"
         ask = teacher.Teacher(args.teacher, args.teacher_model, cache, jobs=args.teacher_jobs)
     build.run(
         args.source,

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from surgery_r1_jax import errors, files, lora, model, options, placement, sharding, tensors, weights
+from surgery_r1_jax import errors, files, lora, model, options, placement, places, sharding, tensors, weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -39,12 +39,14 @@ def holds(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of an adapter's base model: as its path says, or where the Hugging Face cache holds it.
+    """The folder of an adapter's base model: as its path says, on a bucket too, or where Hugging Face's cache holds it.
 
     Raises: InputError where it is not here.
     """
     given = _config(folder)
     name = str(given.get("base_model_name_or_path") or "")
+    if places.remote(name):
+        return places.place(name)
     found = Path(name) if name and os.path.isdir(name) else _cached(name, given.get("revision"))
     if found is None or found.resolve() == folder.resolve():
         name = errors.printable(name[:200])

@@ -155,6 +155,17 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into, for what writes to disks alone: for a bucket one on this disk, put there at the end."""
+    if not remote(folder):
+        yield folder
+        return
+    with scratch() as here:
+        yield here
+        Mirror(here, folder).put()
+
+
 class Mirror:
     """Files that grow, in a folder on this disk, and their copies on a bucket."""
 

@@ -1,5 +1,6 @@
 """What every training run has, whatever it trains: folder, mesh, model, steps with their numbers, and a stop signal."""
 
+import contextlib
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from surgery_r1_jax import (
     options,
     packed,
     pipeline,
+    places,
     saves,
     sharding,
     speed,
@@ -229,7 +231,7 @@ class Steps:
         profile: tuple[int, int] | None = None,
     ):
         self._folder, self._first, self._plan, self._journal, self._clock = out / "profile", first, plan, journal, clock
-        self._profile, self._tracing, self._open = profile or (0, 0), False, None
+        self._profile, self._tracing, self._open = profile or (0, 0), None, None
 
     def __enter__(self) -> "Steps":
         return self
@@ -261,13 +263,25 @@ class Steps:
 
     def _trace(self, wanted: bool) -> None:
         if wanted and not self._tracing:
-            how = jax.profiler.ProfileOptions()
-            how.python_tracer_level = 0  # every call of a Python function would be an event
-            jax.profiler.start_trace(self._folder, profiler_options=how)
+            self._tracing = contextlib.ExitStack()
+            self._tracing.enter_context(traced(self._folder))
         elif self._tracing and not wanted:
             self.settle()
+            self._tracing.close()
+            self._tracing = None
+
+
+@contextlib.contextmanager
+def traced(folder: Path) -> Iterator[None]:
+    """What is done meanwhile, as a trace that TensorBoard opens."""
+    how = jax.profiler.ProfileOptions()
+    how.python_tracer_level = 0  # every call of a Python function would be an event
+    with places.staged(folder) as here:
+        jax.profiler.start_trace(here, profiler_options=how)
+        try:
+            yield
+        finally:
             jax.profiler.stop_trace()
-        self._tracing = wanted
 
 
 class StopSignal:

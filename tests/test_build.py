@@ -160,13 +160,16 @@ def test_a_mistake_is_refused_before_anything_is_written(source, tmp_path, optio
 def test_what_is_there_is_never_touched(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists and is not an empty folder"):
         build.run(source, tmp_path / "out")
     (tmp_path / "new.part").mkdir()
     (tmp_path / "new.part" / "mine").write_text("mine")
-    with pytest.raises(InputError, match="is in the way"):
-        build.run(source, tmp_path / "new")
+    build.run(source, tmp_path / "new")
     assert (tmp_path / "out" / "mine").read_text() == (tmp_path / "new.part" / "mine").read_text() == "mine"
+    (tmp_path / ".last.part").symlink_to(tmp_path / "out")
+    with pytest.raises(InputError, match=r"\.last\.part: is in the way; remove it"):
+        build.run(source, tmp_path / "last")
+    assert (tmp_path / "out" / "mine").read_text() == "mine" and not (tmp_path / "last").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
@@ -189,7 +192,7 @@ build.run({str(source)!r}, {str(tmp_path / "out")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
     build.run(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -201,7 +204,7 @@ def test_the_command_makes_it_and_refuses_in_one_line(source, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {tmp_path / 'out'}: is there already; name a new folder or remove it\n")
+    assert (out, err) == ("", f"error: {tmp_path / 'out'}: already exists and is not an empty folder; give a new one\n")
 
 
 def test_a_part_of_the_real_labels_becomes_six_times_as_many_records(tmp_path):

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import toy
 from bucket import served
@@ -225,3 +227,82 @@ def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     assert scores["checkpoint"] == there
     assert cli.main(["report", f"{there}/dev.json", "--out", f"{there}/report.html"]) == 0
     assert "<html" in places.place(f"{there}/report.html").read_text()[:500]
+
+
+@needs_bucket
+def test_data_sets_are_made_on_a_bucket(bucket, tmp_path, capsys):
+    toy.write_start(tmp_path, frames=4)
+    put(tmp_path / "data", f"{bucket}/raw")
+    put(tmp_path / "start", f"{bucket}/raw_start")
+    words = ["data", "build", f"{bucket}/raw", f"{bucket}/built", "--kinds", "vqla_cot,vqa_direct"]
+    assert (
+        cli.main(words) == 0 == cli.main(["data", "build", str(tmp_path / "data"), str(tmp_path / "built"), *words[4:]])
+    )
+    ours, theirs = tree(places.fetched(f"{bucket}/built")), tree(tmp_path / "built")
+    assert ours == theirs and "records.jsonl" in ours
+    assert cli.main(words) == 2
+    assert "gs://bucket/built: already exists and is not an empty folder" in capsys.readouterr().err
+    how = ["--model", f"{bucket}/raw_start"]
+    assert cli.main(["data", "export", f"{bucket}/built", f"{bucket}/for_trl", *how]) == 0
+    assert cli.main(["data", "export", str(tmp_path / "built"), str(tmp_path / "for_trl"), *how]) == 0
+    assert tree(places.fetched(f"{bucket}/for_trl")) == tree(tmp_path / "for_trl")
+
+
+@needs_bucket
+def test_a_trace_is_put_on_a_bucket(bucket):
+    with run.traced(places.place(f"{bucket}/traced/profile")):
+        jax.numpy.arange(3.0).block_until_ready()
+    (trace,) = places.fetched(f"{bucket}/traced/profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size
+
+
+@needs_bucket
+def test_adapters_lie_on_a_bucket_and_so_does_their_base(bucket, tmp_path):
+    toy.write_start(tmp_path, frames=4)
+    put(tmp_path / "start", f"{bucket}/base")
+    settings = options.SFT(
+        model=f"{bucket}/base",
+        lora=options.Lora(rank=2),
+        data=options.Data(root=str(tmp_path / "data"), frames=2, questions=2),
+        optimizer=options.Optimizer(schedule="constant", learning_rate=0.01),
+        schedule=options.Schedule(steps=1, save_every=100, log_every=1),
+        evaluation=options.Evaluation(frames=2, questions=2, limit=1, max_tokens=4),
+    )
+    there = f"{bucket}/runs/adapters"
+    sft.train(settings, there)
+    later = settings.model_copy(update={"schedule": settings.schedule.model_copy(update={"steps": 2})})
+    sft.train(later, there, resume=True)
+    sft.train(later.model_copy(update={"model": str(tmp_path / "start")}), tmp_path / "run")
+    wanted = checkpoint.load_model(tmp_path / "run", which="last").params
+    checkpoint.export(there, f"{bucket}/adapter", which="last")
+    checkpoint.export(there, f"{bucket}/merged", which="last", merge=True)
+    for name in ("runs/adapters", "adapter", "merged"):
+        found = checkpoint.load_model(f"{bucket}/{name}", which="last").params
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    put(tmp_path / "data", f"{bucket}/base")  # something else than a model
+    (places.place(bucket) / "base/config.json").unlink()
+    with pytest.raises(errors.InputError, match="bucket/base: no config.json: this is a data set"):
+        checkpoint.load_model(f"{bucket}/adapter")
+
+
+@needs_bucket
+def test_several_processes_write_their_parts_to_a_bucket(bucket, tmp_path):
+    toy.write_start(tmp_path, frames=4)
+    put(tmp_path / "data", f"{bucket}/shared/data")
+    put(tmp_path / "start", f"{bucket}/shared/start")
+    (tmp_path / "sft.yaml").write_text(
+        f"model: {bucket}/shared/start\n"
+        f"data: {{root: {bucket}/shared/data, frames: 2, questions: 2}}\n"
+        "schedule: {steps: 2, save_every: 1, log_every: 1}\n"
+        "evaluation: {frames: 2, questions: 2, limit: 1, max_tokens: 4}\n"
+    )
+    words = ["sft", "--config", str(tmp_path / "sft.yaml"), "--resume", "auto", "--out"]
+    found = {}
+    for count, out in ((2, f"{bucket}/shared/run"), (1, str(tmp_path / "run"))):
+        codes = [process.wait(300) for process in toy.start_group(tmp_path, count, [*words, out])]
+        assert codes == [0] * count, (tmp_path / "printed0").read_text()[-2000:]
+        rows = log.read_metrics(places.fetched(f"{out}/metrics.jsonl"))
+        found[count] = [row["loss"] for row in rows if row["split"] == "train"]
+        leaves = jax.tree.leaves(checkpoint.load_model(out, which="last").params)
+        found[count] += [float(jax.numpy.linalg.norm(leaf)) for leaf in leaves]
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-4)  # float32 sums in another order, twice

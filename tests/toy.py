@@ -1,6 +1,11 @@
 """A toy data set and a toy start model on disk, small enough for tests of whole runs."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +79,20 @@ def write_model(folder, seed=0, sizes=SIZES, spread=0.05):
     bare = tiny.write_folder(folder.with_name(folder.name + "_bare"), sizes)
     settings = hf.read_config(bare)
     return hf.write_folder(folder, params(settings, seed, spread), settings, bare)
+
+
+def start_group(folder, count, words):
+    """A command as so many processes over loopback; what each prints goes to `folder`/printed0 and so on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    environ |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    running = []
+    for index in range(count):
+        place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(index)]
+        program = [sys.executable, "-m", "surgery_r1_jax.cli", *words, *(place if count > 1 else [])]
+        with (folder / f"printed{index}").open("w") as file:
+            running.append(subprocess.Popen(program, env=environ, stdout=file, stderr=subprocess.STDOUT))
+    return running
