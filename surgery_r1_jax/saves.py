@@ -9,7 +9,10 @@ is found by the sums of all values (see `sums`), which are kept beside them.
 
 import contextlib
 import hashlib
+import inspect
 import json
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,12 +210,25 @@ def _compare(found: dict, saved: sums.Sums) -> None:
 @contextlib.contextmanager
 def _reading(folder: Path, remedy: str) -> Iterator[None]:
     """What goes wrong in reading a checkpoint, as InputError."""
-    try:
-        yield
-    except (errors.InputError, jax.errors.JaxRuntimeError):  # the second is of devices and other processes
-        raise
-    except Exception as problem:  # Orbax raises what it likes
-        raise errors.InputError(f"{folder}: {errors.one_line(problem)}; restore it, or {remedy}") from None
+    with contextlib.ExitStack() as quiet:
+        quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        quiet.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.unraisablehook = _tell_but_strays
+        try:
+            yield
+        except (errors.InputError, jax.errors.JaxRuntimeError):  # the second is of devices and other processes
+            raise
+        except Exception as problem:  # Orbax raises what it likes
+            quiet.pop_all()  # strays come later too
+            told = problem.__cause__ if "TensorStore details" in str(problem) and problem.__cause__ else problem
+            raise errors.InputError(f"{folder}: {errors.one_line(told)}; restore it, or {remedy}") from None
+
+
+def _tell_but_strays(about: Any) -> None:
+    """Not the tracebacks of reads that Orbax gave up when another one failed: they end in its threads, unawaited."""
+    if not ("Event loop is closed" in str(about.exc_value) or inspect.iscoroutine(about.object)):
+        sys.__unraisablehook__(about)
 
 
 class _Manager(ocp.CheckpointManager):

@@ -105,6 +105,27 @@ def test_a_file_that_is_cut_or_gone_is_refused_or_does_not_matter(kept, share):
     assert refused >= 3 and faults.restore(kept) == (2, True)
 
 
+def test_nothing_but_the_refusal_is_printed_of_a_spoilt_checkpoint(kept):
+    code = f"""
+import pathlib, faults
+from surgery_r1_jax import errors
+folder = pathlib.Path({str(kept)!r})
+for path in sorted(path for path in (folder / "checkpoints" / "2" / "state").rglob("*") if path.is_file()):
+    whole = path.read_bytes()
+    for share in (0.0, 0.5):
+        path.write_bytes(whole[: int(share * len(whole))])
+        try:
+            faults.restore(folder)
+        except errors.InputError as refusal:
+            print(refusal)
+    path.write_bytes(whole)
+"""
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) >= 4 and "TensorStore details" not in done.stdout
+    assert done.stderr == ""
+
+
 def test_best_parameters_that_changed_are_not_used(tmp_path):
     params = {"a": jax.numpy.arange(4096.0)}
     best = saves.Best(tmp_path)

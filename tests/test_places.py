@@ -281,7 +281,7 @@ def test_adapters_lie_on_a_bucket_and_so_does_their_base(bucket, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     put(tmp_path / "data", f"{bucket}/base")  # something else than a model
     (places.place(bucket) / "base/config.json").unlink()
-    with pytest.raises(errors.InputError, match="bucket/base: no config.json: this is a data set"):
+    with pytest.raises(errors.InputError, match=r"bucket/base: no config\.json: this is a data set"):
         checkpoint.load_model(f"{bucket}/adapter")
 
 
