@@ -4,12 +4,17 @@ What a batch holds follows from its number alone. So the state of a stream is ho
 on is slicing, and neither worker processes nor the processes that share a batch out change anything.
 """
 
+import contextlib
 import functools
 import multiprocessing
+import os
 import queue
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -108,23 +113,32 @@ class Stream:
         """What is left after so many batches, each handed to `place` ahead of use. Close it, or use it in a `with`."""
         settings = self._settings
         reading = grain.ReadOptions(num_threads=settings.threads, prefetch_buffer_size=2 * settings.threads)
-        rest = self._batches[taken:].to_iter_dataset(reading)
+        rest, signed_on = self._batches[taken:].to_iter_dataset(reading), None
         if settings.workers:
             from absl import flags
 
             flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
-            rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=settings.workers))
-        return Ahead(iter(rest), place or (lambda made: made))
+            signed_on = Path(tempfile.mkdtemp())
+            workers = grain.MultiprocessingOptions(num_workers=settings.workers)
+            rest = rest.mp_prefetch(workers, worker_init_fn=functools.partial(_sign_on, signed_on))
+        return Ahead(iter(rest), place or (lambda made: made), signed_on)
+
+
+def _sign_on(folder: Path, *_: int) -> None:
+    """What a worker process does first: leave its number."""
+    (folder / str(os.getpid())).touch()
 
 
 class Ahead:
     """What an iterator of Grain gives, placed by a thread of its own up to AHEAD items before it is asked for.
 
-    What goes wrong there is raised here: a worker process that ended, in whatever way, as InputError.
+    What goes wrong there is raised here: a worker process that ended, in whatever way, as InputError. `signed_on` is
+    the folder, which goes at the end, in which each of them left its number.
     """
 
-    def __init__(self, source: grain.DatasetIterator, place: Callable[[Any], Any]):
-        self._source, self._place = source, place
+    def __init__(self, source: grain.DatasetIterator, place: Callable[[Any], Any], signed_on: Path | None = None):
+        self._source: grain.DatasetIterator | None = source
+        self._place, self._signed_on = place, signed_on
         self._before = set(multiprocessing.active_children())
         self._workers: set[multiprocessing.Process] = set()
         self._ready: queue.Queue = queue.Queue(AHEAD - 1)  # one more is in the thread's hands
@@ -150,8 +164,9 @@ class Ahead:
                     continue
             if problem is None:
                 return item
+            problem = self._explained(problem)  # before all workers end
             self.close()
-            raise self._explained(problem)
+            raise problem
         raise StopIteration
 
     def close(self) -> None:
@@ -164,9 +179,13 @@ class Ahead:
         closing.start()
         closing.join(CLOSE_S)
         if closing.is_alive():  # for ever, where a worker has ended in peace
-            for worker in self._workers:
-                worker.terminate()
+            for pid in self._numbers() | {worker.pid for worker in self._workers}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
         self._thread.join(CLOSE_S)
+        if self._signed_on:
+            shutil.rmtree(self._signed_on, ignore_errors=True)
+        self._source = None  # ends what is left of it now, and not as Python leaves
 
     def _run(self) -> None:
         try:
@@ -191,24 +210,39 @@ class Ahead:
         """What there is to say of a worker process that has ended; Grain waits for ever for one that ends in peace."""
         started = multiprocessing.active_children()
         self._workers |= {p for p in started if p not in self._before and p.name.startswith("grain-process-prefetch")}
-        ended = next((worker for worker in self._workers if worker.exitcode is not None), None)
-        if ended is None:
-            return None
-        how = f"ended by itself with status {ended.exitcode}"
-        if ended.exitcode < 0:
-            how = f"was killed by {signal.Signals(-ended.exitcode).name}"
-        return errors.InputError(
-            f"data worker process {ended.pid} {how}, often for want of memory; lower data.workers, data.cache or "
-            "data.frames, and go on from the last checkpoint with --resume"
-        )
+        ended = {worker.pid: worker.exitcode for worker in self._workers if worker.exitcode is not None}
+        ended |= dict.fromkeys(filter(_gone, self._numbers() - {worker.pid for worker in self._workers}))
+        for pid, status in ended.items():
+            how = "ended by itself" if status is None else f"ended by itself with status {status}"
+            if status is not None and status < 0:
+                how = f"was killed by {signal.Signals(-status).name}"
+            return errors.InputError(
+                f"data worker process {pid} {how}, often for want of memory; lower data.workers, data.cache or "
+                "data.frames, and go on from the last checkpoint with --resume"
+            )
+        return None
+
+    def _numbers(self) -> set[int]:
+        """Of all workers that began, of which one may have ended between two looks."""
+        return {int(path.name) for path in self._signed_on.iterdir()} if self._signed_on else set()
 
     def _explained(self, problem: BaseException) -> BaseException:
         """What went wrong in the data: in worker processes as one line, in this one as it is."""
-        if isinstance(problem, errors.InputError | StopIteration) or not self._workers:
+        if isinstance(problem, errors.InputError | StopIteration) or not self._signed_on:
             return problem
         line = errors.InputError(f"data worker: {type(problem).__name__}: {errors.one_line(problem)}")
         line.__cause__ = problem
-        return self._ended_worker() or line
+        ended = self._ended_worker() if type(problem) is RuntimeError else None  # as which Grain tells of it
+        return ended or line
+
+
+def _gone(pid: int) -> bool:
+    """Whether there is no such process any more."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _lists(bucket, frames: int, seed: int) -> grain.MapDataset:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -176,6 +178,26 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_nothing_is_missing_after
         np.testing.assert_array_equal(found, alone[number])
 
 
+def test_a_worker_that_nobody_saw_alive_is_missed(tmp_path):
+    class Silent:
+        """As Grain's iterator when a worker has ended in peace."""
+
+        def __init__(self):
+            self.close = threading.Event().set
+
+        def __iter__(self):
+            return iter(threading.Event().wait, None)
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "on").mkdir()
+    (tmp_path / "on" / str(ended.pid)).touch()
+    with stream.Ahead(Silent(), lambda made: made, tmp_path / "on") as ready:
+        with pytest.raises(errors.InputError, match=f"data worker process {ended.pid} ended by itself, often"):
+            next(ready)
+    assert not (tmp_path / "on").exists()
+
+
 def test_a_worker_that_ends_in_peace_ends_the_run_too():
     """Grain itself would wait for ever."""
 
@@ -184,7 +206,7 @@ def test_a_worker_that_ends_in_peace_ends_the_run_too():
             os._exit(0)
         return np.array([row.frame])
 
-    ending = pytest.raises(errors.InputError, match=r"data worker process \d+ ended by itself with status 0")
+    ending = pytest.raises(errors.InputError, match=r"data worker process \d+ ended by itself")
     with batches_of(planned([[5] * 12]), example=leaves, workers=1).starting() as ready, ending:
         for _ in range(2):  # what it made before may be lost with it
             next(ready)
