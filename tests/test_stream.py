@@ -192,9 +192,9 @@ def test_a_worker_that_nobody_saw_alive_is_missed(tmp_path):
     ended.wait()
     (tmp_path / "on").mkdir()
     (tmp_path / "on" / str(ended.pid)).touch()
-    with stream.Ahead(Silent(), lambda made: made, tmp_path / "on") as ready:
-        with pytest.raises(errors.InputError, match=f"data worker process {ended.pid} ended by itself, often"):
-            next(ready)
+    refused = pytest.raises(errors.InputError, match=f"data worker process {ended.pid} ended by itself, often")
+    with stream.Ahead(Silent(), lambda made: made, tmp_path / "on") as ready, refused:
+        next(ready)
     assert not (tmp_path / "on").exists()
 
 
