@@ -156,6 +156,7 @@ class Ahead:
         return self
 
     def __next__(self):
+        self._meet()
         while not self._closing.is_set():
             try:
                 item, problem = self._ready.get(timeout=LOOK_S)
@@ -208,8 +209,7 @@ class Ahead:
 
     def _ended_worker(self) -> errors.InputError | None:
         """What there is to say of a worker process that has ended; Grain waits for ever for one that ends in peace."""
-        started = multiprocessing.active_children()
-        self._workers |= {p for p in started if p not in self._before and p.name.startswith("grain-process-prefetch")}
+        self._meet()
         ended = {worker.pid: worker.exitcode for worker in self._workers if worker.exitcode is not None}
         ended |= dict.fromkeys(filter(_gone, self._numbers() - {worker.pid for worker in self._workers}))
         for pid, status in ended.items():
@@ -221,6 +221,11 @@ class Ahead:
                 "data.frames, and go on from the last checkpoint with --resume"
             )
         return None
+
+    def _meet(self) -> None:
+        """Remember the workers that are there, for of one that has ended only who knew it can tell how."""
+        started = multiprocessing.active_children() if self._signed_on else ()
+        self._workers |= {p for p in started if p not in self._before and p.name.startswith("grain-process-prefetch")}
 
     def _numbers(self) -> set[int]:
         """Of all workers that began, of which one may have ended between two looks."""
