@@ -35,11 +35,12 @@ def start(folder: Path, count: int, words: list[str]) -> tuple[float, str]:
     return time.monotonic() - began, printed
 
 
-def logged(out: Path) -> list[dict]:
-    """The figures of a run, or of an evaluation, without times."""
+def figures(out: Path) -> list[dict]:
+    """What a run or an evaluation tells, without times."""
     if out.is_dir():
-        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        return [{name: value for name, value in row.items() if name != "elapsed_s"} for row in rows]
+        import toy
+
+        return toy.logged(out)
     known = json.loads(out.with_suffix(".json").read_text())
     return [{name: value for name, value in known.items() if isinstance(value, float)}]
 
@@ -84,7 +85,7 @@ def main() -> int:
                 words += ["--out", str(out), "--batch-frames", "4", "--max-completion", "8"]
             seconds, printed = start(work, count, words)
             first = work / f"{command}1"
-            apart = difference(logged(first), logged(out))
+            apart = difference(figures(first), figures(out))
             same = command == "sft" or drawn(first) == drawn(out)
             good = apart <= TOLERANCE and same and not printed
             wrong += not good

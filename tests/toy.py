@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surgery_r1_jax import hf, model, sharding, synth, tiny
+from surgery_r1_jax import hf, log, model, sharding, synth, tiny
 
 SIZES = tiny.Sizes(
     hidden=32,
@@ -96,3 +96,10 @@ def start_group(folder, count, words):
         with (folder / f"printed{index}").open("w") as file:
             running.append(subprocess.Popen(program, env=environ, stdout=file, stderr=subprocess.STDOUT))
     return running
+
+
+def logged(out):
+    """What a run logged, without the time it took."""
+    timed = ("elapsed_s", "speed/", "time/", "compile/", "memory/")
+    rows = log.read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
