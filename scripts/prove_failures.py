@@ -44,31 +44,19 @@ def host(place: str, call: int, number: int, words: list[str]) -> int:
     join, calls = hosts.join, itertools.count(1)
 
     def strike() -> None:
-        if next(calls) == call:
-            for process in (os.getppid(), os.getpid()):  # the one that watches first
-                os.kill(process, number)
-
-    def struck(function):
-        def first(*arguments, **named):
-            strike()
-            return function(*arguments, **named)
-
-        return first
+        for process in (os.getppid(), os.getpid()):  # the one that watches first
+            os.kill(process, number)
 
     def join_armed(*arguments) -> None:
         join(*arguments)
-        from surgery_r1_jax import evaluate, run, saves
+        import faults
 
-        if place == "step":
-            run.StopSignal.now = struck(run.StopSignal.now)
-        elif place == "save":
-            saves.Checkpoints.save = struck(saves.Checkpoints.save)
-        elif place == "evaluation":
-            evaluate.predict = struck(evaluate.predict)
+        if place in faults.PLACES:
+            faults.arm(place, call, strike)
         elif place == "commit":  # in the middle of a save
             ours = lambda given: any("checkpoints/" in str(path) for path in given)  # noqa: E731
-            events = ("os.rename", "os.mkdir", "open")
-            sys.addaudithook(lambda event, given: strike() if event in events and ours(given[:2]) else None)
+            counted = lambda event, given: event in ("os.rename", "os.mkdir", "open") and ours(given[:2])  # noqa: E731
+            sys.addaudithook(lambda *about: strike() if counted(*about) and next(calls) == call else None)
 
     hosts.join = join_armed
     return cli.main(words)

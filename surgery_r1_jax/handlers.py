@@ -8,11 +8,14 @@ import argparse
 import contextlib
 import ctypes
 import os
+import signal
+import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 from surgery_r1_jax import hosts, launchers, places
-from surgery_r1_jax.errors import InputError
+from surgery_r1_jax.errors import InputError, Preempted
 
 
 def start_devices() -> None:
@@ -163,16 +166,36 @@ def grpo(args: argparse.Namespace) -> None:
 
 def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> None:
     """Begin a run or go on with it; with `--resume auto` whichever it is, and nothing where all steps are done."""
-    resume = args.resume
-    if resume == "auto":
-        from surgery_r1_jax import run
+    with _stoppable():
+        resume = args.resume
+        if resume == "auto":
+            from surgery_r1_jax import run
 
-        step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
-        if step is not None and steps is not None and step >= steps:
-            print(f"{args.out}: all of its {step} steps are done")
-            return
-        resume = step is not None
-    program.train(settings, args.out, resume=resume, profile=args.profile)
+            step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
+            if step is not None and steps is not None and step >= steps:
+                print(f"{args.out}: all of its {step} steps are done")
+                return
+            resume = step is not None
+        program.train(settings, args.out, resume=resume, profile=args.profile)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Where a lone process may be told to stop and no step is under way, after which it would save: it just leaves.
+
+    Of several processes each has one that watches it (see `hosts`), which is what gets the signal.
+    """
+
+    def leave(*_: object) -> None:
+        told = "stopped: no step was under way; what was saved is whole, go on with --resume auto"
+        print(told, file=sys.stderr, flush=True)
+        os._exit(Preempted.exit_status)
+
+    before = signal.getsignal(signal.SIGTERM) if hosts.joined() else signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

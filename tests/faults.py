@@ -9,12 +9,16 @@ line tells of each: point, call, ended (exit status, or minus a signal), seen (w
 
 import ctypes
 import errno
+import functools
+import importlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,6 +29,34 @@ from surgery_r1_jax import errors, optim, saves
 
 TX = optax.adam(0.1)
 FIRST = 3  # the step that is struck; 1 and 2 are whole, and saving 3 prunes 1
+
+
+# What a run comes by, as module and name.
+PLACES = {
+    "start": ("run", "prepare"),
+    "ready": ("run", "keep_layout"),
+    "data": ("stream", "Ahead.__next__"),
+    "rollout": ("grpo", "sample"),
+    "reward": ("grade", "grade"),
+    "step": ("run", "StopSignal.now"),
+    "evaluation": ("evaluate", "predict"),
+    "save": ("saves", "Checkpoints.save"),
+}
+
+
+def arm(place: str, call: int, strike: Callable[[], None]) -> None:
+    """Have `strike` called before call number `call` of a place."""
+    module, name = PLACES[place]
+    *within, name = name.split(".")
+    owner = functools.reduce(getattr, within, importlib.import_module(f"surgery_r1_jax.{module}"))
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def struck(*arguments, **named):
+        if next(calls) == call:
+            strike()
+        return function(*arguments, **named)
+
+    setattr(owner, name, struck)
 
 
 def state_of(step: int) -> optim.TrainState:

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -130,6 +132,27 @@ def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(p
         sft.train(sft_settings(place), tmp_path)
     assert saves.Checkpoints(tmp_path).latest() == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_before_the_first_step_is_one_line_and_leaves_what_was_there(place, sft_run, tmp_path):
+    out = shutil.copytree(sft_run, tmp_path / "run")
+    words = ["sft", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", "auto"]
+    words += [f"--schedule.steps={STEPS + 1}"]
+    code = f"""
+import os, signal, sys
+from surgery_r1_jax import cli, run
+prepare = run.prepare
+def struck(*arguments, **how):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return prepare(*arguments, **how)
+run.prepare = struck
+sys.exit(cli.main({words!r}))
+"""
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == "stopped: no step was under way; what was saved is whole, go on with --resume auto\n"
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_grpo_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, tmp_path, monkeypatch, uneven_rewards):

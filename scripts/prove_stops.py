@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""A run is told to stop wherever it may be, and runs for long.
+
+    stops   one process trains a tiny model by the command line and gets SIGTERM at a named place, every third time
+            twice; it has to leave with status 75 and one line within half a minute, and with --resume auto arrive, bit
+            for bit, where a run arrives that was never disturbed
+    soak    one process trains for so many minutes, saving and evaluating all the time; its memory may grow by a
+            megabyte in a thousand steps, its threads, open files and blocks of shared memory not at all
+
+Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux.
+
+.venv/bin/python scripts/prove_stops.py --work /tmp/stops --stops 84 --soak 120
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HOME = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HOME), str(HOME / "tests")]
+LIMIT_S, STEPS = 30, 6
+SHARED = ("start", "ready", "data", "step", "save", "evaluation")
+WHERE = {"sft": SHARED, "grpo": (*SHARED, "rollout", "reward")}
+CALLS = {"start": (1,), "ready": (1,), "save": (1, 2), "evaluation": (1, 2)}  # of other places any step's
+CONFIG = """model: {folder}/start
+data: {{root: {folder}/data, frames: 4, questions: 2, workers: {workers}}}
+schedule: {{steps: {steps}, eval_every: {eval_every}, save_every: {save_every}, log_every: {log_every}}}
+evaluation: {{frames: 4, questions: 2, limit: 3, max_tokens: 4}}
+"""
+
+
+def victim(place: str, call: int, words: list[str]) -> int:
+    """The command line, with SIGTERM to itself at call number `call` of a place; below 0 twice."""
+    from surgery_r1_jax import cli, handlers
+
+    handlers.start_devices()
+    import faults
+
+    def strike() -> None:
+        print(f"signal {time.monotonic()}", flush=True)
+        for _ in range(1 + (call < 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    faults.arm(place, abs(call), strike)
+    return cli.main(words)
+
+
+def command(folder: Path, words: list[str]) -> subprocess.Popen:
+    """Start a program of ours."""
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+    environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(HOME)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *words], env=environ, **pipes)
+
+
+def prepare(folder: Path, **schedule: int) -> None:
+    """Data, a model and the configurations of a run of each kind."""
+    import toy
+
+    toy.write_start(folder, frames=12)
+    plain = CONFIG.format(folder=folder, **schedule)
+    (folder / "sft.yaml").write_text(plain)
+    (folder / "grpo.yaml").write_text(plain + "samples: 2\nsampler: {max_tokens: 4}\n")
+
+
+def result(out: Path) -> tuple:
+    """All that a run arrived at: the sums of all values, and its log without times."""
+    import toy
+
+    return json.loads((out / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()), toy.logged(out)
+
+
+def prove_stops(folder: Path, count: int) -> int:
+    """Stop runs; how often it did not end as it should."""
+    prepare(folder, workers=0, steps=STEPS, eval_every=3, save_every=2, log_every=1)
+    words = lambda kind, out: [kind, "--config", f"{folder}/{kind}.yaml", "--out", str(out), "--resume", "auto"]  # noqa: E731
+    wanted = {}
+    for kind in WHERE:
+        plain = command(folder, ["-m", "surgery_r1_jax.cli", *words(kind, folder / kind)])
+        said = plain.communicate()[1]
+        assert plain.returncode == 0, said[-2000:]
+        wanted[kind] = result(folder / kind)
+    places = [(kind, place) for kind, known in WHERE.items() for place in known]
+    failed, seconds = 0, []
+    for n in range(count):
+        (kind, place), turn = places[n % len(places)], n // len(places)
+        calls = CALLS.get(place, range(1, STEPS + 1))
+        call = calls[turn % len(calls)] * (-1 if n % 3 == 2 else 1)
+        out = folder / f"{kind}{n}"
+        process = command(folder, [__file__, "victim", place, str(call), *words(kind, out)])
+        printed, told = process.communicate()
+        (struck,) = (float(line.split()[1]) for line in printed.splitlines() if line.startswith("signal "))
+        took = time.monotonic() - struck
+        lines = [line for line in told.splitlines() if line.startswith("stopped: ")]
+        again = command(folder, ["-m", "surgery_r1_jax.cli", *words(kind, out)])
+        after = again.communicate()[1]
+        good = process.returncode == 75 and len(lines) == 1 and "Traceback" not in told and took <= LIMIT_S
+        good = good and again.returncode == 0 and result(out) == wanted[kind]
+        failed += not good
+        seconds.append(took)
+        verdict = "ok" if good else f"FAILED: {process.returncode} {again.returncode} {told[-500:]} {after[-500:]}"
+        print(f"  {n + 1:3} {kind:<4} at {place:<11} {call:3}  left after {took:4.1f} s, {verdict}", flush=True)
+    print(
+        f"stops: {count} at {len(places)} places, {failed} failed; left after {statistics.median(seconds):.1f} s "
+        f"(median), {max(seconds):.1f} s (longest)"
+    )
+    return failed
+
+
+def held(pid: int) -> tuple[float, int, int, int]:
+    """What a process holds: megabytes, threads, open files, blocks of shared memory."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
+    files = len(os.listdir(f"/proc/{pid}/fd"))
+    shared = sum(not name.startswith("sem.") for name in os.listdir("/dev/shm"))
+    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), files, shared
+
+
+def prove_soak(folder: Path, minutes: float) -> int:
+    """Train for long; whether anything grew."""
+    from surgery_r1_jax import log
+
+    prepare(folder, workers=1, steps=10_000_000, eval_every=500, save_every=250, log_every=10)
+    out = folder / "run"
+    words = ["sft", "--config", str(folder / "sft.yaml"), "--out", str(out)]
+    process, rows, began = command(folder, ["-m", "surgery_r1_jax.cli", *words]), [], time.monotonic()
+    while process.poll() is None and time.monotonic() - began < 60 * minutes:
+        time.sleep(5)
+        if (out / "metrics.jsonl").is_file() and (logged := log.read_metrics(out / "metrics.jsonl")[-1:]):
+            rows.append((logged[0]["step"], *held(process.pid)))
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[1]
+    late = np.array(rows[len(rows) // 3 :], float)  # by then every program was compiled and every cache filled
+    slope = 1000 * np.polyfit(late[:, 0], late[:, 1], 1)[0]
+    flat = [bool(np.median(late[-9:, i]) <= np.median(late[:9, i])) for i in (2, 3, 4)]
+    good = process.returncode == 75 and slope <= 1 and all(flat)
+    threads, files, shared = (f"{int(late[:, i].min())} to {int(late[:, i].max())}" for i in (2, 3, 4))
+    print(
+        f"soak: {int(late[-1, 0]):,} steps in {minutes:g} minutes; memory grew by {slope:.2f} MB in 1,000 steps; "
+        f"threads {threads}, open files {files}, shared memory {shared}{'' if good else '  FAILED ' + told[-500:]}"
+    )
+    return not good
+
+
+def main() -> int:
+    """All of it; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="new folder")
+    parser.add_argument("--stops", type=int, default=84, help="signals to send (default: %(default)s)")
+    parser.add_argument("--soak", type=float, default=120, help="minutes to train (default: %(default)s)")
+    arguments = parser.parse_args()
+    failed = 0
+    for name, prove, much in (("stops", prove_stops, arguments.stops), ("soak", prove_soak, arguments.soak)):
+        if much:
+            (arguments.work / name).mkdir(parents=True)
+            failed += prove(arguments.work / name, much)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["victim"]:
+        sys.exit(victim(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+    sys.exit(main())
