@@ -126,6 +126,20 @@ for path in sorted(path for path in (folder / "checkpoints" / "2" / "state").rgl
     assert done.stderr == ""
 
 
+def test_a_checkpoint_of_each_format_that_was_released_is_read_or_named(tmp_path):
+    """The folder was written by `faults.save` at version 0.1 and stays as it is."""
+    released = TESTS / f"checkpoint_format_{saves.FORMAT}"
+    assert released.is_dir(), "keep one of every format here"
+    kept = shutil.copytree(released, tmp_path / "run")
+    assert faults.restore(kept) == (2, True)
+    meta = kept / "checkpoints" / "2" / "meta" / "metadata"
+    for other in (saves.FORMAT - 1, saves.FORMAT + 1):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": other}))
+        with pytest.raises(errors.InputError, match=f"checkpoint format {other}, this version reads {saves.FORMAT}"):
+            faults.restore(kept)
+    assert sorted(path.name for path in (kept / "checkpoints").iterdir()) == ["2"], "a refusal removes nothing"
+
+
 def test_best_parameters_that_changed_are_not_used(tmp_path):
     params = {"a": jax.numpy.arange(4096.0)}
     best = saves.Best(tmp_path)

@@ -1,5 +1,6 @@
 """A run that is stopped or killed and resumed is, bit for bit, the run that never was; and what a run folder keeps."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -247,6 +249,18 @@ def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(pla
 
 def steps(folder):
     return sorted(int(entry.name) for entry in folder.iterdir())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc, which Linux has")
+def test_a_run_leaves_no_thread_and_no_open_file_behind(place, tmp_path):
+    def held():
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    sft.train(sft_settings(place), tmp_path / "first")
+    before = held()
+    sft.train(sft_settings(place), tmp_path / "second")
+    assert held() == before
 
 
 def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_steps(tmp_path):
