@@ -6,7 +6,7 @@ were read, which is when it is over. The names in the log:
 
     speed/step_s, tokens_per_s, frames_per_s, completions_per_s    of the run, over all devices, without padding
     speed/tflops, mfu            FLOPs (flops.py) by the second and device, in 1e12; their share of its peak, if known
-    padding/prefix, branch       share of the batches' slots that hold no token
+    padding/prefix, branch       share of the batches' slots that hold no token, in the part of process 0
     time/PHASE                   share of the time on the wall since the last line; together they are 1
     compile/programs, seconds    programs built or taken from the cache since the last line; programs/PHASE: where
     memory/used_gib, peak_gib    of the fullest local device, where it tells

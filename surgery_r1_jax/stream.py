@@ -4,8 +4,10 @@ What a batch holds follows from its number alone. So the state of a stream is ho
 on is slicing, and neither worker processes nor the processes that share a batch out change anything.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import queue
@@ -13,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,7 @@ ENDLESS = 1 << 52  # rows; more batches of one frame Grain cannot count
 AHEAD = 2  # batches that are placed before they are asked for
 LOOK_S = 0.5  # seconds between looks at the worker processes while none gives anything
 CLOSE_S = 3.0  # seconds that a thread is given to end
+LINGER_S = 0.1  # seconds more that a program with worker processes takes
 
 Example = Callable[[Row, Shape, int], Any]  # of a row, its bucket's shape and its place in the stream
 
@@ -118,10 +122,17 @@ class Stream:
             from absl import flags
 
             flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
+            _linger()
             signed_on = Path(tempfile.mkdtemp())
             workers = grain.MultiprocessingOptions(num_workers=settings.workers)
             rest = rest.mp_prefetch(workers, worker_init_fn=functools.partial(_sign_on, signed_on))
         return Ahead(iter(rest), place or (lambda made: made), signed_on)
+
+
+@functools.cache
+def _linger() -> None:
+    """As the program ends, give the thread in which Grain lets go of shared memory the time for the last of it."""
+    atexit.register(time.sleep, LINGER_S)
 
 
 def _sign_on(folder: Path, *_: int) -> None:
@@ -186,7 +197,11 @@ class Ahead:
         self._thread.join(CLOSE_S)
         if self._signed_on:
             shutil.rmtree(self._signed_on, ignore_errors=True)
-        self._source = None  # ends what is left of it now, and not as Python leaves
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        self._source = None
+        gc.collect()  # lets go of shared memory now, and not as Python leaves, when it is too late
 
     def _run(self) -> None:
         try:
