@@ -30,7 +30,7 @@ ENDLESS = 1 << 52  # rows; more batches of one frame Grain cannot count
 AHEAD = 2  # batches that are placed before they are asked for
 LOOK_S = 0.5  # seconds between looks at the worker processes while none gives anything
 CLOSE_S = 3.0  # seconds that a thread is given to end
-LINGER_S = 0.1  # seconds more that a program with worker processes takes
+LINGER_S = 0.1  # seconds that Grain's thread is given to free shared memory
 
 Example = Callable[[Row, Shape, int], Any]  # of a row, its bucket's shape and its place in the stream
 
@@ -122,7 +122,7 @@ class Stream:
             from absl import flags
 
             flags.FLAGS.mark_as_parsed()  # else the workers stop at unparsed flags
-            _linger()
+            _free_at_exit()
             signed_on = Path(tempfile.mkdtemp())
             workers = grain.MultiprocessingOptions(num_workers=settings.workers)
             rest = rest.mp_prefetch(workers, worker_init_fn=functools.partial(_sign_on, signed_on))
@@ -130,9 +130,14 @@ class Stream:
 
 
 @functools.cache
-def _linger() -> None:
-    """As the program ends, give the thread in which Grain lets go of shared memory the time for the last of it."""
-    atexit.register(time.sleep, LINGER_S)
+def _free_at_exit() -> None:
+    """Have the program free the shared memory of its last batches as it ends, before Python ends what frees it."""
+
+    def free() -> None:
+        gc.collect()
+        time.sleep(LINGER_S)
+
+    atexit.register(free)
 
 
 def _sign_on(folder: Path, *_: int) -> None:

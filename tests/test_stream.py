@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +178,21 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_nothing_is_missing_after
         seen = [*taken, *(next(rest) for _ in range(6))]
     for number, found in enumerate(seen):
         np.testing.assert_array_equal(found, alone[number])
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/maps"), reason="Linux tells there what shared memory is held")
+def test_an_end_in_the_middle_frees_the_shared_memory_that_is_held():
+    def held():
+        return set(re.findall(r"/dev/shm/psm_\w+", Path("/proc/self/maps").read_text()))
+
+    with batches_of(planned([[5] * 12]), workers=2).starting() as ready:
+        next(ready)
+        time.sleep(1)  # others are ready by now
+        assert (blocks := held())
+    limit = time.monotonic() + 10
+    while any(map(os.path.exists, blocks)) and time.monotonic() < limit:  # a thread of Grain's does it
+        time.sleep(0.05)
+    assert not [block for block in blocks if os.path.exists(block)]
 
 
 def test_a_worker_that_nobody_saw_alive_is_missed(tmp_path):
