@@ -188,7 +188,8 @@ def test_an_end_in_the_middle_frees_the_shared_memory_that_is_held():
     with batches_of(planned([[5] * 12]), workers=2).starting() as ready:
         next(ready)
         time.sleep(1)  # others are ready by now
-        assert (blocks := held())
+        blocks = held()
+        assert blocks
     limit = time.monotonic() + 10
     while any(map(os.path.exists, blocks)) and time.monotonic() < limit:  # a thread of Grain's does it
         time.sleep(0.05)
