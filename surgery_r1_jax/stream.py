@@ -232,15 +232,16 @@ class Ahead:
         self._meet()
         ended = {worker.pid: worker.exitcode for worker in self._workers if worker.exitcode is not None}
         ended |= dict.fromkeys(filter(_gone, self._numbers() - {worker.pid for worker in self._workers}))
-        for pid, status in ended.items():
-            how = "ended by itself" if status is None else f"ended by itself with status {status}"
-            if status is not None and status < 0:
-                how = f"was killed by {signal.Signals(-status).name}"
-            return errors.InputError(
-                f"data worker process {pid} {how}, often for want of memory; lower data.workers, data.cache or "
-                "data.frames, and go on from the last checkpoint with --resume"
-            )
-        return None
+        if not ended:
+            return None
+        pid, status = next(iter(ended.items()))
+        how = "ended by itself" if status is None else f"ended by itself with status {status}"
+        if status is not None and status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        return errors.InputError(
+            f"data worker process {pid} {how}, often for want of memory; lower data.workers, data.cache or "
+            "data.frames, and go on from the last checkpoint with --resume"
+        )
 
     def _meet(self) -> None:
         """Remember the workers that are there, for of one that has ended only who knew it can tell how."""

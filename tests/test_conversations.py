@@ -154,6 +154,7 @@ def test_a_frame_without_a_final_size_stays_as_it_is(tmp_path):
     assert told(reply)[1] == [0, 0, width * 14, height * 7]  # what a trainer with the same limits makes of it
 
 
-def test_a_folder_that_is_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match="already exists"):
+def test_a_folder_that_holds_files_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(InputError, match="already exists and is not an empty folder"):
         conversations.run(tmp_path / "own", tmp_path, model=tmp_path / "model")

@@ -1,5 +1,6 @@
 """stream.py: exact turns, whole epochs, going on from any number, and no silence where a worker has died."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -191,7 +192,8 @@ def test_an_end_in_the_middle_frees_the_shared_memory_that_is_held():
         blocks = held()
         assert blocks
     limit = time.monotonic() + 10
-    while any(map(os.path.exists, blocks)) and time.monotonic() < limit:  # a thread of Grain's does it
+    while any(map(os.path.exists, blocks)) and time.monotonic() < limit:  # threads of Grain's let go of it
+        gc.collect()
         time.sleep(0.05)
     assert not [block for block in blocks if os.path.exists(block)]
 
