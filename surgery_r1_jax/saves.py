@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -212,6 +213,9 @@ def _reading(folder: Path, remedy: str) -> Iterator[None]:
     """What goes wrong in reading a checkpoint, as InputError."""
     with contextlib.ExitStack() as quiet:
         quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        loop = logging.getLogger("asyncio")
+        quiet.callback(loop.setLevel, loop.level)
+        loop.setLevel(logging.CRITICAL)
         quiet.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         sys.unraisablehook = _tell_but_strays

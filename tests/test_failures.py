@@ -123,7 +123,8 @@ for path in sorted(path for path in (folder / "checkpoints" / "2" / "state").rgl
     environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) >= 4 and "TensorStore details" not in done.stdout
-    assert done.stderr == ""
+    noise = ("Traceback", "Exception ignored", "never retrieved", "never awaited")
+    assert not [each for each in noise if each in done.stderr], done.stderr
 
 
 def test_a_checkpoint_of_each_format_that_was_released_is_read_or_named(tmp_path):
