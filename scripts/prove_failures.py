@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -66,12 +65,9 @@ class Pair:
     """Two processes that train together."""
 
     def __init__(self, folder: Path, out: Path, fault: tuple[int, str, int, int] | None = None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-        environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        import toy
+
+        port = toy.free_port()
         self.errors, self.processes = [folder / f"errors{i}" for i in range(2)], []
         for i, errors in enumerate(self.errors):
             victim, place, call, number = fault or (-1, "-", 0, 0)
@@ -80,7 +76,7 @@ class Pair:
             words += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
             with errors.open("w") as file, open(os.devnull, "w") as nothing:
                 program = [sys.executable, __file__, *words]
-                self.processes.append(subprocess.Popen(program, env=environ, stdout=nothing, stderr=file))
+                self.processes.append(subprocess.Popen(program, env=toy.environ(folder), stdout=nothing, stderr=file))
 
     def ends(self, index: int, within: float = 600) -> int:
         """The exit status of one."""
@@ -104,20 +100,16 @@ def prepare(folder: Path) -> None:
     )
 
 
-def result(out: Path) -> tuple:
-    """All that a run arrived at: the sums of all values, and its log without the time it took."""
-    import toy
-
-    return json.loads((out / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()), toy.logged(out)
-
-
 def prove_hosts(work: Path, count: int) -> int:
     """Lose hosts; how often it did not end as it should."""
+    import toy
+
     folder, out = work / "hosts", work / "hosts" / "run"
     prepare(folder)
     plain = Pair(folder, folder / "plain")
     assert [plain.ends(0), plain.ends(1)] == [0, 0], plain.told(0) + plain.told(1)
-    wanted, places = result(folder / "plain"), [(place, call) for place, calls in WHERE.items() for call in calls]
+    wanted = toy.result(folder / "plain", STEPS)
+    places = [(place, call) for place, calls in WHERE.items() for call in calls]
     failed, seconds = 0, []
     for n in range(count):
         place, call = places[n % len(places)]
@@ -136,7 +128,8 @@ def prove_hosts(work: Path, count: int) -> int:
         said = pair.told(1 - victim)
         again = Pair(folder, out)
         codes = [again.ends(0), again.ends(1)]
-        good = status == 69 and len(said) == 1 and took <= LIMIT_S and codes == [0, 0] and result(out) == wanted
+        good = status == 69 and len(said) == 1 and took <= LIMIT_S
+        good = good and codes == [0, 0] and toy.result(out, STEPS) == wanted
         left = [path.name for path in (out / "checkpoints").iterdir() if not path.name.isdigit()]
         failed += not good or bool(left)
         seconds.append(took)

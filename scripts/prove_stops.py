@@ -13,7 +13,6 @@ Each prints what was tried and what of it failed; the exit status is 1 if anythi
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -55,11 +54,10 @@ def victim(place: str, call: int, words: list[str]) -> int:
 
 def command(folder: Path, words: list[str]) -> subprocess.Popen:
     """Start a program of ours."""
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-    environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(HOME)}
+    import toy
+
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *words], env=environ, **pipes)
+    return subprocess.Popen([sys.executable, *words], env=toy.environ(folder), **pipes)
 
 
 def prepare(folder: Path, **schedule: int) -> None:
@@ -72,15 +70,10 @@ def prepare(folder: Path, **schedule: int) -> None:
     (folder / "grpo.yaml").write_text(plain + "samples: 2\nsampler: {max_tokens: 4}\n")
 
 
-def result(out: Path) -> tuple:
-    """All that a run arrived at: the sums of all values, and its log without times."""
-    import toy
-
-    return json.loads((out / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()), toy.logged(out)
-
-
 def prove_stops(folder: Path, count: int) -> int:
     """Stop runs; how often it did not end as it should."""
+    import toy
+
     prepare(folder, workers=0, steps=STEPS, eval_every=3, save_every=2, log_every=1)
     words = lambda kind, out: [kind, "--config", f"{folder}/{kind}.yaml", "--out", str(out), "--resume", "auto"]  # noqa: E731
     wanted = {}
@@ -88,7 +81,7 @@ def prove_stops(folder: Path, count: int) -> int:
         plain = command(folder, ["-m", "surgery_r1_jax.cli", *words(kind, folder / kind)])
         said = plain.communicate()[1]
         assert plain.returncode == 0, said[-2000:]
-        wanted[kind] = result(folder / kind)
+        wanted[kind] = toy.result(folder / kind, STEPS)
     places = [(kind, place) for kind, known in WHERE.items() for place in known]
     failed, seconds = 0, []
     for n in range(count):
@@ -101,12 +94,13 @@ def prove_stops(folder: Path, count: int) -> int:
         (struck,) = (float(line.split()[1]) for line in printed.splitlines() if line.startswith("signal "))
         took = time.monotonic() - struck
         lines = [line for line in told.splitlines() if line.startswith("stopped: ")]
-        done = process.returncode == 0 and not lines and result(out) == wanted[kind]  # there was nothing left to do
+        nothing_left = process.returncode == 0 and not lines
+        done = nothing_left and toy.result(out, STEPS) == wanted[kind]
         again = command(folder, ["-m", "surgery_r1_jax.cli", *words(kind, out)])
         after = again.communicate()[1]
         good = done or (process.returncode == 75 and len(lines) == 1)
         good = good and "Traceback" not in told and took <= LIMIT_S
-        good = good and again.returncode == 0 and result(out) == wanted[kind]
+        good = good and again.returncode == 0 and toy.result(out, STEPS) == wanted[kind]
         failed += not good
         seconds.append(took)
         verdict = "ok" if good else f"FAILED: {process.returncode} {again.returncode} {told[-500:]} {after[-500:]}"

@@ -191,7 +191,10 @@ def _stoppable() -> Iterator[None]:
         print(told, file=sys.stderr, flush=True)
         os._exit(Preempted.exit_status)
 
-    before = signal.getsignal(signal.SIGTERM) if hosts.joined() else signal.signal(signal.SIGTERM, leave)
+    if hosts.joined():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:

@@ -211,14 +211,7 @@ def _compare(found: dict, saved: sums.Sums) -> None:
 @contextlib.contextmanager
 def _reading(folder: Path, remedy: str) -> Iterator[None]:
     """What goes wrong in reading a checkpoint, as InputError."""
-    with contextlib.ExitStack() as quiet:
-        quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-        loop = logging.getLogger("asyncio")
-        quiet.callback(loop.setLevel, loop.level)
-        loop.setLevel(logging.CRITICAL)
-        quiet.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        sys.unraisablehook = _tell_but_strays
+    with _without_strays() as quiet:
         try:
             yield
         except (errors.InputError, jax.errors.JaxRuntimeError):  # the second is of devices and other processes
@@ -229,8 +222,23 @@ def _reading(folder: Path, remedy: str) -> Iterator[None]:
             raise errors.InputError(f"{folder}: {errors.one_line(told)}; restore it, or {remedy}") from None
 
 
+def _without_strays() -> contextlib.ExitStack:
+    """Keeps quiet about reads that Orbax gave up when another one failed: they end in its threads, unawaited.
+
+    Python tells of them in three ways. Closing what is returned undoes it.
+    """
+    quiet, loop = contextlib.ExitStack(), logging.getLogger("asyncio")
+    quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+    sys.unraisablehook = _tell_but_strays
+    quiet.callback(loop.setLevel, loop.level)
+    loop.setLevel(logging.CRITICAL)
+    quiet.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    return quiet
+
+
 def _tell_but_strays(about: Any) -> None:
-    """Not the tracebacks of reads that Orbax gave up when another one failed: they end in its threads, unawaited."""
+    """As Python does, but for the tracebacks of strays."""
     if not ("Event loop is closed" in str(about.exc_value) or inspect.iscoroutine(about.object)):
         sys.__unraisablehook__(about)
 

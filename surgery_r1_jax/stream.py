@@ -200,13 +200,10 @@ class Ahead:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
         self._thread.join(CLOSE_S)
+        self._source, self._ready = None, queue.Queue()
         if self._signed_on:
             shutil.rmtree(self._signed_on, ignore_errors=True)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._ready.get_nowait()
-        self._source = None
-        gc.collect()  # lets go of shared memory now, and not as Python leaves, when it is too late
+            gc.collect()  # lets go of shared memory now, and not as Python leaves, when it is too late
 
     def _run(self) -> None:
         try:

@@ -44,19 +44,24 @@ PLACES = {
 }
 
 
-def arm(place: str, call: int, strike: Callable[[], None]) -> None:
-    """Have `strike` called before call number `call` of a place."""
+def interrupted(function: Callable, call: int, how: Callable[[], None]) -> Callable:
+    """A function that `how` happens to as call number `call` begins."""
+    calls = itertools.count(1)
+
+    def counted(*arguments, **named):
+        if next(calls) == call:
+            how()
+        return function(*arguments, **named)
+
+    return counted
+
+
+def arm(place: str, call: int, how: Callable[[], None]) -> None:
+    """Have a place `interrupted`."""
     module, name = PLACES[place]
     *within, name = name.split(".")
     owner = functools.reduce(getattr, within, importlib.import_module(f"surgery_r1_jax.{module}"))
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def struck(*arguments, **named):
-        if next(calls) == call:
-            strike()
-        return function(*arguments, **named)
-
-    setattr(owner, name, struck)
+    setattr(owner, name, interrupted(getattr(owner, name), call, how))
 
 
 def state_of(step: int) -> optim.TrainState:

@@ -6,7 +6,6 @@ Each group is started once and does everything; see group_worker.py.
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +36,7 @@ def found(folder):
 
 
 def start(folder, count):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = toy.free_port()
     tests = Path(__file__).parent
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),

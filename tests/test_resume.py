@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import faults
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -58,23 +60,10 @@ def grpo_settings(place, **changes):
     return options.GRPO(compute=options.Compute(mesh=(1, 1, 1)), **(settings | changes))
 
 
-def interrupted(function, call, how):
-    """A function that `how` happens to as call number `call` begins."""
-    calls = []
-
-    def counted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            how()
-        return function(*arguments, **options)
-
-    return counted
-
-
 def interrupt_step(patch, call, how):
     """Of a run that begins after this, optimiser step number `call` is interrupted."""
     keep_layout = run.keep_layout
-    patch.setattr(run, "keep_layout", lambda *arguments: interrupted(keep_layout(*arguments), call, how))
+    patch.setattr(run, "keep_layout", lambda *arguments: faults.interrupted(keep_layout(*arguments), call, how))
 
 
 def terminate():
@@ -129,7 +118,7 @@ def test_sft_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, 
 
 
 def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(place, sft_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", interrupted(evaluate.predict, 1, terminate))
+    monkeypatch.setattr(evaluate, "predict", faults.interrupted(evaluate.predict, 1, terminate))
     with pytest.raises(errors.Preempted, match=f"after step 4 of {STEPS}"):
         sft.train(sft_settings(place), tmp_path)
     assert saves.Checkpoints(tmp_path).latest() == 4
@@ -142,16 +131,15 @@ def test_a_stop_before_the_first_step_is_one_line_and_leaves_what_was_there(plac
     words += [f"--schedule.steps={STEPS + 1}"]
     code = f"""
 import os, signal, sys
-from surgery_r1_jax import cli, run
-prepare = run.prepare
-def struck(*arguments, **how):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return prepare(*arguments, **how)
-run.prepare = struck
+import faults
+from surgery_r1_jax import cli
+faults.arm("start", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 sys.exit(cli.main({words!r}))
 """
+    tests = Path(__file__).parent
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent)))}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr == "stopped: no step was under way; what was saved is whole, go on with --resume auto\n"
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -165,7 +153,7 @@ def test_grpo_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place,
         with pytest.raises(errors.Preempted, match=f"after step 2 of {STEPS}"):
             grpo.train(settings, broken)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "roll_out", interrupted(grpo.roll_out, 2, kill))
+        patch.setattr(grpo, "roll_out", faults.interrupted(grpo.roll_out, 2, kill))
         with pytest.raises(Killed):
             grpo.train(settings, broken, resume=True)
     grpo.train(settings, broken, resume=True)

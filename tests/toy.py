@@ -1,5 +1,6 @@
 """A toy data set and a toy start model on disk, small enough for tests of whole runs."""
 
+import json
 import math
 import os
 import socket
@@ -81,21 +82,34 @@ def write_model(folder, seed=0, sizes=SIZES, spread=0.05):
     return hf.write_folder(folder, params(settings, seed, spread), settings, bare)
 
 
-def start_group(folder, count, words):
-    """A command as so many processes over loopback; what each prints goes to `folder`/printed0 and so on."""
+def free_port():
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    environ |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
-    running = []
+        return probe.getsockname()[1]
+
+
+def environ(folder):
+    """That of a program of ours which others start; what it compiles is kept in `folder`."""
+    ours = {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    ours |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    return os.environ | ours | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start_group(folder, count, words):
+    """A command as so many processes over loopback; what each prints goes to `folder`/printed0 and so on."""
+    port, running = free_port(), []
     for index in range(count):
         place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id", str(index)]
         program = [sys.executable, "-m", "surgery_r1_jax.cli", *words, *(place if count > 1 else [])]
         with (folder / f"printed{index}").open("w") as file:
-            running.append(subprocess.Popen(program, env=environ, stdout=file, stderr=subprocess.STDOUT))
+            running.append(subprocess.Popen(program, env=environ(folder), stdout=file, stderr=subprocess.STDOUT))
     return running
+
+
+def result(out, step):
+    """All that a run arrived at by a step: the sums of all values, and its log without the time it took."""
+    return json.loads((out / "checkpoints" / str(step) / "meta" / "metadata").read_text()), logged(out)
 
 
 def logged(out):
