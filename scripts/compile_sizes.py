@@ -64,22 +64,28 @@ class Case(NamedTuple):
 
 ALL, TOWER = (1, -1, 1), "--optimizer.rates.tower=1"
 WITHOUT = "--compute.remat=false", "--compute.tower_remat=false"
+OFFLOAD = "--compute.offload=true"
 LORA = "--lora.rank=64", "--lora.base=bfloat16"
 README = [
     Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x4", ALL),
     Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, *WITHOUT), "v5e:2x4", ALL),
     Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x2", ALL),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, OFFLOAD), "v5e:2x2", ALL),
     Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", ALL),
     Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", ALL, 2),
     Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:2x4", ALL),
+    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e:2x4", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:8x8", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, *WITHOUT), "v5e:8x8", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:4x8", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x2", ALL),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5p:2x2x4", ALL),
     Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER,), "v5e", ALL),
     Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER,), "v5e", ALL),
+    Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5e", ALL),
+    Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e", ALL),
 ]
 
 
@@ -113,7 +119,8 @@ def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
     rows, limit = [], HBM[case.slice.partition(":")[0]]
     listed = programs.of(job) | {"evaluation": programs.evaluation(evaluated(job))}
     about = case._asdict() | {"mesh": list(job.mesh.shape.values()), "query_chunk": job.settings.compute.query_chunk}
-    about |= {"kind": type(job.settings).__name__, "remat": job.settings.compute.remat, "effort": effort}
+    about |= {"kind": type(job.settings).__name__, "effort": effort}
+    about |= {name: getattr(job.settings.compute, name) for name in ("remat", "offload")}
     for name, program in listed.items():
         if only and name not in only:
             continue
@@ -164,7 +171,7 @@ def cells(row: dict) -> list[str]:
     adapted = "LoRA " if any("lora.rank" in setting for setting in row["overrides"]) else ""
     return [
         row["size"],
-        f"{adapted}{row['kind']} {row['program']}{'' if row['remat'] else ', no remat'}",
+        f"{adapted}{row['kind']} {row['program']}{'' if row['remat'] else ', no remat'}{', offloaded' * row['offload']}",
         f"{row['slice']}, {'x'.join(map(str, row['mesh']))}",
         str(row["frames"]),
         f"{row['peak_gib']:.1f}" if row["peak_gib"] else row["refusal"],

@@ -118,17 +118,21 @@ def token_scores(graph, settings: options.GRPO, params, batch: FrameBatch, allow
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def reference_logp(graph, settings: options.GRPO, params, batch, allowed_V):
     """Log-probabilities of the drawn tokens under the frozen reference [B, J, T]."""
-    return token_scores(graph, settings, params, batch, allowed_V).logp_BL
+    here = jax.device_put(params, jax.memory.Space.Device)
+    return token_scores(graph, settings, here, batch, allowed_V).logp_BL
 
 
-def frozen_copy(params: dict, dtype: str) -> dict:
+def frozen_copy(params: dict, compute: options.Compute) -> dict:
     """A copy to hold the policy against: it computes what `params` would, and is half as large where that is bfloat16.
 
     Matrices, which are only ever used in the precision of compute, are kept in it.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: jnp.array(p, dtype if path[-1].key in ROUNDED else p.dtype, copy=True), params
-    )
+    space = jax.memory.Space.Host if compute.offload else jax.memory.Space.Device
+
+    def copied(path, p):
+        return jax.device_put(jnp.array(p, compute.dtype if path[-1].key in ROUNDED else p.dtype, copy=True), space)
+
+    return jax.tree_util.tree_map_with_path(copied, params)
 
 
 lay_out = jax.jit(sampling.branches, static_argnums=2)
@@ -230,12 +234,12 @@ def train(
     dev = run.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
-    reference = (setup.frozen or frozen_copy(setup.params, settings.compute.dtype)) if held_against else None
+    reference = (setup.frozen or frozen_copy(setup.params, settings.compute)) if held_against else None
     reference_hash = setup.start if reference is not None else None
     attend = backends.choose(settings.compute, runner.mesh)
     reference_graph, _ = model.build(setup.model, settings.compute, attend)
     steps = plan.steps * settings.updates * settings.minibatches
-    tx = optim.transformation(settings.optimizer, steps, setup.params)
+    tx = optim.transformation(settings.optimizer, steps, setup.params, offload=settings.compute.offload)
     saved, (state, reached, meta) = run.begin(out, setup, tx, data_hash, resume=resume)
     if resume and meta["reference"] != reference_hash:
         raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")

@@ -26,6 +26,7 @@ class Bytes(NamedTuple):
     gradients: int
     activations: int  # of a step, its batch and those that are placed ahead included
     rollout: int  # of drawing and of the reference's pass; at another time than gradients and activations
+    offloaded: int  # moments and reference in the host's memory instead
     how: str  # "compiled" or "estimated"
 
     @property
@@ -37,11 +38,12 @@ class Bytes(NamedTuple):
 
 def estimated(job: Job) -> Bytes:
     """Memory by arithmetic."""
-    lasting = _lasting(job)
     frames, batches = _frames(job), (1 + stream.AHEAD) * _batch(job)
-    activations = batches + _activations(job, frames=-(-frames // job.parts))
-    rollout = batches + _rollout(job, frames) if job.samples else 0
-    return Bytes(*lasting, activations, rollout, "estimated")
+    moments, reference = _offloaded(job)
+    # Of moments those of one array come to the device at a time, when activations are gone; the reference comes whole.
+    activations = batches + max(_activations(job, frames=-(-frames // job.parts)), 2 * max(moments, default=0))
+    rollout = batches + _rollout(job, frames) + reference if job.samples else 0
+    return Bytes(*_lasting(job), activations, rollout, sum(moments) + reference, "estimated")
 
 
 def compiled(job: Job) -> Bytes:
@@ -52,7 +54,9 @@ def compiled(job: Job) -> Bytes:
         for name, program in programs.of(job).items()
     }
     activations = own.pop("update") - lasting[3]
-    return Bytes(*lasting, activations, max(own.values(), default=0), "compiled")
+    moments, reference = _offloaded(job)
+    rollout = max(own.values(), default=0)
+    return Bytes(*lasting, activations, rollout, sum(moments) + reference, "compiled")
 
 
 def _lasting(job: Job) -> tuple[int, int, int, int]:
@@ -60,6 +64,13 @@ def _lasting(job: Job) -> tuple[int, int, int, int]:
     (train, frozen, reference), _ = programs.state_of(job)
     trained, *others = map(programs.bytes_of, (train.params, frozen, train.opt_state, reference))
     return trained + others[0], others[1], others[2], trained
+
+
+def _offloaded(job: Job) -> tuple[list[int], int]:
+    """What each array of the moments takes in the host's memory, and what the reference takes there."""
+    state, _ = programs.state_of(job)
+    moments = [programs.bytes_of(leaf, offloaded=True) for leaf in jax.tree.leaves(state.train.opt_state)]
+    return moments, programs.bytes_of(state.reference, offloaded=True)
 
 
 def _frames(job: Job) -> int:

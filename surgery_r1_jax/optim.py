@@ -4,6 +4,8 @@ The whole transition (parameters, moments, step count of the optimiser) is taken
 or gradient is not finite changes nothing but its own counters.
 """
 
+import functools
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,14 @@ from surgery_r1_jax import model, options
 INPUTS = {"o": 2, "proj": 2}  # kernels that contract two axes (heads and head width); all others one
 
 DECAYED = ("kernel", "embed", "head", "a", "b")  # matrices, an adapter's two among them
+
+
+class Transformation(NamedTuple):
+    """An optax transformation, and where its moments are kept."""
+
+    init: Callable
+    update: Callable
+    offload: bool  # in the host's memory from one update to the next
 
 
 class TrainState(NamedTuple):
@@ -44,7 +54,7 @@ def schedule(settings: options.Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(full), after], [rising, rising + held])
 
 
-def transformation(settings: options.Optimizer, steps: int, params: dict) -> optax.GradientTransformation:
+def transformation(settings: options.Optimizer, steps: int, params: dict, *, offload: bool = False) -> Transformation:
     """The optax chain; `params` may be abstract."""
     rate = schedule(settings, steps)
     rates = _map(lambda path, _: getattr(settings.rates, model.part_of(path)), params)
@@ -64,11 +74,12 @@ def transformation(settings: options.Optimizer, steps: int, params: dict) -> opt
         core = optax.adamw(
             rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay, mask=decayed
         )
-    return optax.chain(
+    whole = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.masked(core, trained),
+        optax.masked(_gated(core, in_turn=offload), trained),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, share: u * share, updates, rates)),
     )
+    return Transformation(*whole, offload)
 
 
 def freeze(params: dict, settings: options.Optimizer) -> dict:
@@ -78,22 +89,20 @@ def freeze(params: dict, settings: options.Optimizer) -> dict:
     )
 
 
-def start(params: dict, tx: optax.GradientTransformation) -> TrainState:
+def start(params: dict, tx: Transformation) -> TrainState:
     """State before the first step."""
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is given away
     return TrainState(step, params, tx.init(params), skipped, in_a_row)
 
 
-def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[TrainState, dict[str, jax.Array]]:
+def update(
+    state: TrainState, loss: jax.Array, gradients: dict, tx: Transformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step, or none where the loss or any gradient is not finite."""
     norm = optax.tree.norm(gradients)
     sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-    def take(_):
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
-
-    params, opt_state = jax.lax.cond(sound, take, lambda _: (state.params, state.opt_state), None)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params, sound=sound)
+    params = _where(sound, optax.apply_updates(state.params, updates), state.params)
     missed = (~sound).astype(jnp.int32)
     new = TrainState(
         state.step + 1,
@@ -103,6 +112,57 @@ def update(state: TrainState, loss: jax.Array, gradients: dict, tx) -> tuple[Tra
         jnp.where(sound, 0, state.skipped_in_a_row + 1),
     )
     return new, {"grad_norm": norm, "skipped_steps": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
+
+
+def parameter_of(path: tuple, known: Collection[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Which of the `known` parameters an array of the state belongs to, by its path; None for counters.
+
+    The optimiser may group parameters under names of its own (muon, adam): what counts is how a path ends.
+    """
+    names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return next((names[start:] for start in range(len(names)) if names[start:] in known), None)
+
+
+def _gated(core: optax.GradientTransformation, *, in_turn: bool) -> optax.GradientTransformationExtraArgs:
+    """`core`, whose state a step that is not `sound` leaves as it was.
+
+    `in_turn`: one array after the other; the moments of the next come to the device when those of the last are
+    done with. Left to itself the compiler would fetch all of them first.
+    """
+
+    def update(updates, state, params, *, sound):
+        if not in_turn:
+            changed, after = core.update(updates, state, params)
+            return changed, _where(sound, after, state)
+        known = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        done: list = [()]
+        for name in known:
+            only = functools.partial(_only, name, known)
+            there, _ = jax.lax.optimization_barrier((only(state), done[-1]))
+            before = jax.device_put(there, jax.memory.Space.Device)
+            changed, after = core.update(only(updates), before, only(params))
+            done.append((changed, _where(sound, after, before)))
+        return jax.tree.map(_first, *done[1:], is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+    return optax.GradientTransformationExtraArgs(core.init, update)
+
+
+def _only(name, known, tree):
+    """Of a tree the arrays that belong to one parameter, and to none."""
+    kept = (name, None)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if parameter_of(path, known) in kept else optax.MaskedNode(), tree
+    )
+
+
+def _first(*found):
+    """What is there."""
+    return next((each for each in found if not isinstance(each, optax.MaskedNode)), found[0])
+
+
+def _where(sound, new, old):
+    """One tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
 
 
 def _matrix_axes(path, leaf):

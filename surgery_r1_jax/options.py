@@ -194,6 +194,9 @@ class Compute(config.Config):
         None, ge=1, description="with xla: queries whose scores are held at a time, in prefix and full vision attention"
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
+    offload: bool = Field(
+        False, description="keep moments and the reference in the host's memory, and fetch them when they are needed"
+    )
 
 
 class Schedule(config.Config):

@@ -178,7 +178,8 @@ def state_of(job: Job) -> tuple[State, object]:
     _, abstract = lora.build(job.architecture, options.Compute(), adapted)
     params, frozen = lora.split(nnx.to_pure_dict(abstract))
     places, frozen_places = lora.split(sharding.of_params(abstract, job.mesh))
-    tx = optim.transformation(settings.optimizer, settings.schedule.steps, params)
+    compute, steps = settings.compute, settings.schedule.steps
+    tx = optim.transformation(settings.optimizer, steps, params, offload=compute.offload)
     train = run.abstract_state(jax.tree.map(_placed, params, places), tx, job.mesh)
     dtype = "bfloat16" if adapted.four_bits else adapted.base
     kept = jax.tree.map(functools.partial(_placed, dtype=dtype), frozen, frozen_places)
@@ -186,8 +187,9 @@ def state_of(job: Job) -> tuple[State, object]:
         kept = packed.abstract(kept, job.architecture, adapted.base)
     reference = {}
     if job.has_reference:
-        made = jax.eval_shape(functools.partial(grpo.frozen_copy, dtype=settings.compute.dtype), train.params)
-        reference = jax.tree.map(lambda leaf, of: _placed(leaf, of.sharding), made, train.params)
+        made = jax.eval_shape(functools.partial(grpo.frozen_copy, compute=compute), train.params)
+        put = sharding.offloaded if compute.offload else lambda where: where
+        reference = jax.tree.map(lambda leaf, of: _placed(leaf, put(of.sharding)), made, train.params)
     return State(train, kept, reference), tx
 
 
@@ -204,16 +206,17 @@ def stacks(job: Job) -> dict[str, hlo.Stack]:
     return found
 
 
-def bytes_of(tree) -> int:
-    """Bytes of abstract arrays on each device."""
-    return sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))
+def bytes_of(tree, *, offloaded: bool = False) -> int:
+    """Bytes of abstract arrays on each device; `offloaded`: of those that its host's memory has for it."""
+    leaves = jax.tree.leaves(tree)
+    return sum(_local_bytes(leaf) for leaf in leaves if sharding.is_offloaded(leaf.sharding) == offloaded)
 
 
 def peak(compiled: jax.stages.Compiled) -> int:
     """Bytes that a program has in use on a device, its arguments included."""
     used = compiled.memory_analysis()
     if told := getattr(used, "peak_memory_in_bytes", 0):
-        return told
+        return told - used.host_argument_size_in_bytes  # counted too, although they take nothing of the device's
     own = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     return used.argument_size_in_bytes + own
 

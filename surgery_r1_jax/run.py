@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
@@ -130,32 +129,32 @@ def sum_over_parts(function, batch, parts: int, add=None):
     return jax.lax.scan(lambda total, part: (add(total, function(*part)), None), first, rest)[0]
 
 
-def abstract_state(params: dict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
+def abstract_state(params: dict, tx: optim.Transformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
     """Shapes, dtypes and shardings of the state in which `params`, which may be abstract, are trained.
 
-    Moments live where their parameters do, counters everywhere.
+    Moments live where their parameters do, or beside them in the host's memory; counters everywhere.
     """
     by_path = {path: leaf.sharding for path, leaf in flatten_dict(params).items()}
     everywhere = sharding.replicated(mesh)
 
     def place(path, leaf):
-        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        # The optimiser may group parameters under names of its own (muon, adam): what counts is how a path ends.
-        ends = (names[start:] for start in range(len(names)))
-        where = next((by_path[end] for end in ends if end in by_path and leaf.ndim), everywhere)
+        name = optim.parameter_of(path, by_path) if leaf.ndim else None
+        where = by_path.get(name, everywhere)
+        if tx.offload and name and path[0].name == "opt_state":
+            where = sharding.offloaded(where)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: optim.start(p, tx), params))
 
 
-def start_state(params: dict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
+def start_state(params: dict, tx: optim.Transformation, mesh: jax.sharding.Mesh) -> optim.TrainState:
     """The state before the first step, in its places; `params` are given away to it."""
     where = _shardings(abstract_state(params, tx, mesh))
     return jax.jit(lambda p: optim.start(p, tx), donate_argnums=0, out_shardings=where)(params)
 
 
 def begin(
-    out: Path, setup: Setup, tx: optax.GradientTransformation, data_hash: str, *, resume: bool
+    out: Path, setup: Setup, tx: optim.Transformation, data_hash: str, *, resume: bool
 ) -> tuple[saves.Checkpoints, saves.Restored]:
     """A run's checkpoints and what it goes on from: the last of them, or step 0; the setup's parameters are given away.
 

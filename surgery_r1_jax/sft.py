@@ -85,7 +85,7 @@ def train(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
     )
 
-    tx = optim.transformation(settings.optimizer, plan.steps, setup.params)
+    tx = optim.transformation(settings.optimizer, plan.steps, setup.params, offload=settings.compute.offload)
     saved, (state, reached, _) = run.begin(out, setup, tx, data_hash, resume=resume)
     take_step, scores = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), state), {}
     run.check_profile(profile, reached + 1, plan)

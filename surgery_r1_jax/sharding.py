@@ -17,6 +17,7 @@ from surgery_r1_jax import errors
 
 MESH_AXES = ("data", "fsdp", "tensor")
 FRAMES = PartitionSpec(("data", "fsdp"))  # leading axis of every batch array
+HOST = "pinned_host"  # kind of memory: a host's, which its devices reach
 FREE = PartitionSpec.UNCONSTRAINED  # an array axis whose place is the compiler's choice
 
 # Logical axis -> mesh axis. An axis that the mesh does not divide evenly (two key/value heads on four chips)
@@ -137,6 +138,16 @@ def gathered(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def offloaded(where: NamedSharding) -> NamedSharding:
+    """The same places, but in the memory of the devices' hosts."""
+    return where.with_memory_kind(HOST)
+
+
+def is_offloaded(where: NamedSharding) -> bool:
+    """Whether it is in the memory of hosts."""
+    return where.memory_kind == HOST
 
 
 def of_batch(batch, mesh: Mesh):

@@ -36,7 +36,8 @@ def digest(params: dict, dtype: str = "float32") -> str:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _of_all(leaves: dict[str, jax.Array], dtype: str | None) -> dict[str, tuple[jax.Array, jax.Array]]:
-    return {name: _of_one(leaf.astype(dtype or leaf.dtype)) for name, leaf in leaves.items()}
+    here = jax.device_put(leaves, jax.memory.Space.Device)  # moments may be kept in the host's memory
+    return {name: _of_one(leaf.astype(dtype or leaf.dtype)) for name, leaf in here.items()}
 
 
 def _of_one(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:

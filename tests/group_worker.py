@@ -30,8 +30,9 @@ def settings(folder: Path, kind, **more):
     )
 
 
-def sft_settings(folder: Path, steps: int):
-    return settings(folder, options.SFT, schedule=options.Schedule(steps=steps, save_every=1000, log_every=1))
+def sft_settings(folder: Path, steps: int, offload: bool = False):
+    schedule = options.Schedule(steps=steps, save_every=1000, log_every=1)
+    return settings(folder, options.SFT, schedule=schedule, compute=options.Compute(offload=offload))
 
 
 def together(folder: Path) -> dict:
@@ -73,11 +74,14 @@ def together(folder: Path) -> dict:
 
 
 def relay(folder: Path, count: int) -> dict:
-    """Take the run over from others and hand it on: four make a leg of it, of two one is told to stop."""
+    """Take the run over from others and hand it on: four make a leg of it, of two one is told to stop.
+
+    Four keep the moments in the host's memory.
+    """
     if count == 2:
         stop_one_process(jax.process_index())
     try:
-        sft.train(sft_settings(folder, 2 * LEG if count == 4 else 200), folder / "relay", resume=True)
+        sft.train(sft_settings(folder, 2 * LEG if count == 4 else 200, count == 4), folder / "relay", resume=True)
     except errors.Preempted as stop:
         return {"stopped": str(stop)}
     return {}

@@ -180,11 +180,12 @@ def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, 
     assert doctor.measure(frames, broken).miou < 0.9
 
 
-def job_of(toys, program, **more):
+def job_of(toys, program, compute={}, **more):  # noqa: B006
     folder, data = toys
     source = options.Data(root=str(data), frames=8, questions=3)
     return job_for(
-        program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1), remat=True), **more), folder
+        program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1), remat=True, **compute), **more),
+        folder,
     )
 
 
@@ -237,6 +238,19 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
     assert memory.estimated(job_of(toys, options.GRPO, objective={"beta": 0.0})).reference == 0
 
 
+def test_what_the_hosts_memory_keeps_takes_nothing_of_the_devices(toys):
+    more = dict(samples=2, objective={"beta": 0.04})
+    plain = memory.estimated(job_of(toys, options.GRPO, **more))
+    job = job_of(toys, options.GRPO, compute=dict(offload=True), **more)
+    found, (state, _) = memory.estimated(job), programs.state_of(job)
+    assert found.reference == 0 and found.moments < 100  # counters stay
+    assert found.offloaded == plain.moments + plain.reference - found.moments
+    assert found.peak < plain.peak - plain.moments
+    assert programs.bytes_of(state.train.params) == plain.parameters
+    every = programs.of(job)
+    assert every["rollout"].beside == found.moments and every["update"].beside == 0
+
+
 def test_flash_kernels_hold_no_scores_and_are_reckoned_on_a_machine_that_cannot_run_them(toys):
     job = job_of(toys, options.SFT)
     compute = job.settings.compute.model_copy(update=dict(attention="pallas"))
@@ -267,7 +281,7 @@ def test_the_programs_of_a_run_of_adapters_are_lowered_too(toys, base):
 
 
 def test_a_small_model_is_compiled_and_a_large_one_reckoned(tmp_path, toys, capsys, monkeypatch):
-    told = memory.Bytes(1 << 20, 0, 0, 0, 5 << 30, 0, "compiled")
+    told = memory.Bytes(1 << 20, 0, 0, 0, 5 << 30, 0, 0, "compiled")
     monkeypatch.setattr(memory, "compiled", lambda job: told)
     path = toy_settings(tmp_path, toys, "targets: {reasoning: 1.0}\n")
     assert run_doctor(path) == 0

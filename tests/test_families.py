@@ -69,7 +69,7 @@ def test_a_reference_kept_in_bfloat16_scores_as_the_one_it_is_a_copy_of():
     """Of the family that has every kind of parameter: experts, places, norms with and without bias."""
     config = families.FAMILIES["qwen3_vl_moe"].architecture(randomised.configuration("qwen3_vl_moe", tied=False))
     params = toy.params(config)
-    copy = grpo.frozen_copy(params, "bfloat16")
+    copy = grpo.frozen_copy(params, options.Compute(dtype="bfloat16"))
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert size(copy) < 0.52 * size(params)
     batch = randomised.batch(config, [randomised.frame(1, grids=((4, 6),), lengths=(5, 5), patch=16)])

@@ -10,7 +10,7 @@ import pytest
 import randomised
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import errors, model, optim, options, run, sft
+from surgery_r1_jax import errors, model, optim, options, run, sft, sharding, sums
 
 STEPS = 20
 
@@ -183,6 +183,38 @@ def test_steps_compile_once_and_a_bad_batch_is_as_if_it_had_never_been(training,
     assert [int(s.skipped) for s in with_bad] == [0, 1, 2, 2]
     assert [int(s.skipped_in_a_row) for s in with_bad] == [0, 1, 2, 0]
     assert [int(s.step) for s in with_bad] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_in_the_hosts_memory_change_nothing_but_their_place(config, params, kind):
+    rates, mesh = options.Rates(tower=0.0), sharding.make_mesh((2, 2, 2))
+    settings = options.Optimizer(kind=kind, learning_rate=1e-2, weight_decay=0.1, rates=rates)
+    batches = [noise(params, seed) for seed in range(3)]
+    batches[1] = jax.tree.map(lambda leaf: leaf * np.nan, batches[1])
+
+    def state_after(offload):
+        given = jax.device_put(jax.tree.map(np.asarray, params), sharding.of_params(model.build(config)[1], mesh))
+        tx = optim.transformation(settings, STEPS, given, offload=offload)
+        state = run.start_state(given, tx, mesh)
+        step = run.keep_layout(lambda state, loss, gradients: optim.update(state, loss, gradients, tx), state)
+        for gradients in batches:
+            state, _ = step(state, jnp.float32(1.0), gradients)
+        assert step._cache_size() == 1
+        return state, step.lower(state, jnp.float32(1.0), batches[0]).as_text()
+
+    plain, without = state_after(False)
+    kept, text = state_after(True)
+    for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)  # other fusions, other roundings
+    assert int(kept.skipped) == 1 and not np.array_equal(kept.params["head"], params["head"])
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept.opt_state) if leaf.ndim > 1}
+    assert kinds == {"pinned_host"}
+    copied = jax.tree.map(np.asarray, kept._asdict())
+    assert sums.of(kept._asdict()) == sums.of(copied)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept.params)} == {"device"}
+    # Array by array: each waits for the one before it.
+    learning = [path for path in by_path(params) if model.part_of(path) != "tower"]
+    assert text.count("optimization_barrier") == len(learning) and "optimization_barrier" not in without
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

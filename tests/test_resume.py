@@ -57,7 +57,7 @@ def sft_settings(place, **changes):
 def grpo_settings(place, **changes):
     settings = dict(samples=2, minibatches=2, sampler=options.Sampler(max_tokens=4))
     settings |= sft_settings(place).model_dump(include={"model", "data", "optimizer", "schedule", "evaluation"})
-    return options.GRPO(compute=options.Compute(mesh=(1, 1, 1)), **(settings | changes))
+    return options.GRPO(**(settings | dict(compute=options.Compute(mesh=(1, 1, 1))) | changes))
 
 
 def interrupt_step(patch, call, how):
@@ -89,6 +89,14 @@ def whole(out, step):
 def lines(out):
     """What the run logged, not a number of it taken for equal that is not one."""
     return [json.dumps(row) for row in toy.logged(out)]
+
+
+def assert_alike(out, other):
+    """Two runs logged the same but for rounding: a compiler adds up otherwise in another program."""
+    for ours, theirs in zip(toy.logged(out), toy.logged(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)), name
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +170,11 @@ def test_grpo_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place,
     assert (broken / "completions.jsonl").read_bytes() == (plain / "completions.jsonl").read_bytes()
     rows = [row for row in log.read_metrics(plain / "metrics.jsonl") if row["split"] == "train"]
     assert any(row["frac_reward_zero_std"] < 1 for row in rows) and rows[-1]["kl"] > 0
+
+    # Nor does it matter where moments and the reference are kept.
+    kept = grpo_settings(place, compute=options.Compute(mesh=(1, 1, 1), offload=True))
+    grpo.train(kept, tmp_path / "kept")
+    assert_alike(tmp_path / "kept", plain)
 
     # The reference is the start; another one is another objective.
     toy.write_model(tmp_path / "other", seed=1)
@@ -272,6 +285,28 @@ def begin(place, folder, mesh):
     mesh = setup.runner.mesh
     abstract = run.abstract_state(setup.params, tx, mesh)
     return mesh, abstract, run.start_state(setup.params, tx, mesh)
+
+
+def test_a_run_with_its_moments_in_the_hosts_memory_resumes_and_equals_others(place, sft_run, tmp_path, monkeypatch):
+    settings = sft_settings(place, compute=options.Compute(mesh=(2, 2, 2), offload=True))
+    plain, broken, restored = tmp_path / "plain", tmp_path / "broken", []
+    sft.train(settings, plain)
+    assert_alike(plain, sft_run)
+    with monkeypatch.context() as patch:
+        interrupt_step(patch, 2, terminate)
+        with pytest.raises(errors.Preempted, match=f"after step 2 of {STEPS}"):
+            sft.train(settings, broken)
+    keep_layout = run.keep_layout
+
+    def watched(step, state):
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        assert {leaf.sharding.memory_kind for leaf in moments} == {sharding.HOST}
+        restored.append(len(moments))
+        return keep_layout(step, state)
+
+    monkeypatch.setattr(run, "keep_layout", watched)
+    sft.train(settings, broken, resume=True)
+    assert restored and lines(broken) == lines(plain) and whole(broken, STEPS) == whole(plain, STEPS)
 
 
 def test_weights_that_a_checkpoint_replaces_are_let_go_before_it_is_read(place, sft_run, tmp_path, monkeypatch):
