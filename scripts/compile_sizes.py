@@ -81,7 +81,7 @@ README = [
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", ALL),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x2", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5p:2x2x4", ALL),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x4", ALL),
     Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER,), "v5e", ALL),
     Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER,), "v5e", ALL),
     Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5e", ALL),
@@ -169,9 +169,10 @@ def cells(row: dict) -> list[str]:
     sent = {kind: each["bytes"] / GIB for kind, each in row.get("sent", {}).items()}
     gathered, reduced = sent.pop("all-gather", 0), sent.pop("all-reduce", 0) + sent.pop("reduce-scatter", 0)
     adapted = "LoRA " if any("lora.rank" in setting for setting in row["overrides"]) else ""
+    how = ", no remat" * (not row["remat"]) + ", offloaded" * row["offload"]
     return [
         row["size"],
-        f"{adapted}{row['kind']} {row['program']}{'' if row['remat'] else ', no remat'}{', offloaded' * row['offload']}",
+        f"{adapted}{row['kind']} {row['program']}{how}",
         f"{row['slice']}, {'x'.join(map(str, row['mesh']))}",
         str(row["frames"]),
         f"{row['peak_gib']:.1f}" if row["peak_gib"] else row["refusal"],
