@@ -313,8 +313,9 @@ def _padding_rows(batch) -> list[tuple[str, str]]:
 
 
 def _memory_rows(needed: memory.Bytes) -> list[tuple[str, str]]:
-    rows = [(name, getattr(needed, name)) for name in memory.Bytes._fields if name != "how"]
-    return [(name, _gib(size)) for name, size in rows if size] + [("at most", _gib(needed.peak))]
+    rows = [(name, getattr(needed, name)) for name in memory.Bytes._fields if name not in ("offloaded", "how")]
+    beside = [("offloaded", f"{_gib(needed.offloaded)} in its host's memory")] * bool(needed.offloaded)
+    return [(name, _gib(size)) for name, size in rows if size] + [("at most", _gib(needed.peak)), *beside]
 
 
 def _gib(size: int) -> str:
