@@ -103,7 +103,7 @@ def eighth(ids: dict):
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **ids)
 
 
-def ours(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
+def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     """The programs of a run as its loop calls them."""
     import jax
     import jax.numpy as jnp
@@ -113,10 +113,9 @@ def ours(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
     from surgery_r1_jax import backends, checkpoint, flops, grpo, lora, optim, options, run, sampling, sft, sharding
     from surgery_r1_jax import speed as clock
 
-    mesh = sharding.make_mesh()
-    compute = options.Compute(
-        dtype=dtype, remat=True, tower_remat=True, query_chunk=512, attention=leg.attention, mesh=mesh.devices.shape
-    )
+    work, dtype, mesh = args.work, args.dtype, sharding.make_mesh()
+    how = dict(dtype=dtype, attention=leg.attention, mesh=mesh.devices.shape, offload=args.offload)
+    compute = options.Compute(remat=True, tower_remat=True, query_chunk=512, **how)
     adapted = options.Lora(rank=RANK * (leg.kind == "lora"), base="bfloat16" if dtype == "bfloat16" else "float32")
     common = dict(model=str(work / "model"), data=options.Data(root="-"), compute=compute, lora=adapted)
     common["optimizer"] = options.Optimizer(learning_rate=RATE, schedule="constant", warmup=0.0, clip_norm=CLIP)
@@ -171,21 +170,21 @@ def ours(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
             state, stats = step(state, frozen, experience, allowed, np.int32(0))
             return state, jax.device_get(stats), {"rollout_s": rolled}
 
-    found = _timed(once, state, repeats)
+    found = _timed(once, state, args.repeats)
     stats = mesh.devices.flat[0].memory_stats() or {}
     peak = flops.peak(mesh.devices.flat[0].device_kind)
     found["peak_gib"] = stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
     return found | {"mfu": done.flops / found["seconds"] / peak / mesh.size if peak else None}
 
 
-def theirs(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
+def theirs(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     """The same by transformers, PyTorch's AdamW and, for adapters, peft."""
     import randomised
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    low = dtype == "bfloat16"
+    work, low = args.work, args.dtype == "bfloat16"
 
     def load(kept):
         load = transformers.AutoModelForImageTextToText.from_pretrained
@@ -241,7 +240,9 @@ def theirs(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
             return None, descend(loss), {}
     else:
         prompt = inputs(asked._replace(branches=asked.branches * case.samples))
-        given = inputs(frames_of(case, np.load(work / "drawn.npy"))[1])
+        drawn = work / "drawn.npy"  # by our side, unless it ran out of memory
+        some = np.random.default_rng(0).integers(20, 900, (case.samples, case.completion))
+        given = inputs(frames_of(case, np.load(drawn) if drawn.exists() else some)[1])
         advantage = torch.linspace(-1, 1, case.samples, device=device)[:, None]
         net.generation_config.eos_token_id = None
         count = case.completion
@@ -263,7 +264,7 @@ def theirs(leg: Leg, case: Case, work: Path, dtype: str, repeats: int) -> dict:
             loss = -(gain - BETA * (torch.exp(away) - away - 1)).mean(-1).mean()
             return None, descend(loss), {"rollout_s": rolled}
 
-    found = _timed(once, None, repeats)
+    found = _timed(once, None, args.repeats)
     return found | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None, "mfu": None}
 
 
@@ -313,6 +314,7 @@ def main() -> int:
     parser.add_argument("--attention", default="auto", help="of our side, such as xla,cudnn (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 for a released size")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each leg (default: %(default)s)")
+    parser.add_argument("--offload", action="store_true", help="our side keeps its moments in the host's memory")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--leg", help=argparse.SUPPRESS)
@@ -325,7 +327,7 @@ def main() -> int:
     if args.leg:
         leg = Leg(*args.leg.split(","))
         measure = ours if leg.side == "ours" else theirs
-        print(json.dumps(measure(leg, case, args.work, args.dtype, args.repeats)))
+        print(json.dumps(measure(leg, case, args)))
         return 0
 
     from rich.console import Console
@@ -333,6 +335,7 @@ def main() -> int:
 
     args.work.mkdir(parents=True)
     words = ["--work", str(args.work), "--size", args.size, "--dtype", args.dtype, "--repeats", str(args.repeats)]
+    words += ["--offload"] * args.offload
     subprocess.run([sys.executable, __file__, *words, "--leg", "weights"], check=True)
     attentions, rows = args.attention.split(","), []
     for kind in args.kinds.split(","):
