@@ -127,8 +127,10 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
         frozen = loaded.params
     if leg.kind == "grpo":
         reference = grpo.frozen_copy(params, compute)
-    tx = optim.transformation(common["optimizer"], 100, params)
+    tx = optim.transformation(common["optimizer"], 100, params, offload=args.offload)
     state, cost = run.start_state(params, tx, mesh), flops.of_model(loaded.config, adapted)
+    moments = {sharding.is_offloaded(leaf.sharding) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
+    assert moments == {args.offload}
     frame, asked = frames_of(case)
 
     def lay(frame):
@@ -290,10 +292,14 @@ def measured(leg: Leg, words: list[str]) -> dict:
 
 
 def differing(rows: list[dict], dtype: str) -> list[str]:
-    """Where the sides do not agree: in the first step, and where nothing is drawn at random in all of them."""
+    """Where the legs do not agree: in the first step, and where nothing is drawn at random in all of them."""
     bound, lines = 0.03 if dtype == "bfloat16" else 1e-3, []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         told = [row for row in rows if row["kind"] == kind and "told" in row]
+        if len(told) < 2:
+            lines.append(f"{kind}: nothing to compare with")
+        if kind == "grpo":  # each of our legs draws tokens of its own; theirs has those of the first
+            told[1:] = [row for row in told[1:] if row["side"] != "ours"]
         steps = slice(None) if kind == "sft" else slice(1)
         # An adapter's first matrix is drawn by each side: the first loss does not depend on it, the gradient does.
         what = slice(1) if kind == "lora" else slice(None)

@@ -79,7 +79,8 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     _section("buckets", "rows that share a shape", [("", line) for line in stream.plan.lines()])
     _section("boxes", "written and read back", [("mean IoU", f"{lengths.miou:.4f}"), ("lost", f"{lengths.lost}")])
     small = sum(leaf.size for leaf in jax.tree.leaves(job.params)) < SMALL
-    exact = small and isinstance(mesh, Mesh) and not stopping
+    # Not every compiler tells the host's memory from the device's.
+    exact = small and isinstance(mesh, Mesh) and not stopping and not settings.compute.offload
     needed = memory.compiled(job) if exact else memory.estimated(job)
     how = "the compiled step" if exact else "estimated, within a factor of two"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -314,7 +315,8 @@ def _padding_rows(batch) -> list[tuple[str, str]]:
 
 def _memory_rows(needed: memory.Bytes) -> list[tuple[str, str]]:
     rows = [(name, getattr(needed, name)) for name in memory.Bytes._fields if name not in ("offloaded", "how")]
-    beside = [("offloaded", f"{_gib(needed.offloaded)} in its host's memory")] * bool(needed.offloaded)
+    here = f"{_gib(needed.offloaded)} in its host's memory, as much for each of a host's devices"
+    beside = [("offloaded", here)] * bool(needed.offloaded)
     return [(name, _gib(size)) for name, size in rows if size] + [("at most", _gib(needed.peak)), *beside]
 
 

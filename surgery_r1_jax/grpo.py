@@ -125,12 +125,13 @@ def reference_logp(graph, settings: options.GRPO, params, batch, allowed_V):
 def frozen_copy(params: dict, compute: options.Compute) -> dict:
     """A copy to hold the policy against: it computes what `params` would, and is half as large where that is bfloat16.
 
-    Matrices, which are only ever used in the precision of compute, are kept in it.
+    Matrices, which are only ever used in the precision of compute, are kept in it. With `compute.offload` the copy is
+    in the hosts' memory.
     """
-    space = jax.memory.Space.Host if compute.offload else jax.memory.Space.Device
 
     def copied(path, p):
-        return jax.device_put(jnp.array(p, compute.dtype if path[-1].key in ROUNDED else p.dtype, copy=True), space)
+        made = jnp.array(p, compute.dtype if path[-1].key in ROUNDED else p.dtype, copy=True)
+        return jax.device_put(made, jax.memory.Space.Host) if compute.offload else made
 
     return jax.tree_util.tree_map_with_path(copied, params)
 

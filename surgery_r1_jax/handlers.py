@@ -24,6 +24,9 @@ def start_devices() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # On GPUs, what `compute.offload` may take of the host's memory: all, where XLA would stop at 64 GiB.
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(installed >> 30))
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags

@@ -20,7 +20,7 @@ DECAYED = ("kernel", "embed", "head", "a", "b")  # matrices, an adapter's two am
 
 
 class Transformation(NamedTuple):
-    """An optax transformation, and where its moments are kept."""
+    """An optax transformation whose `update` asks whether the step is `sound`, and where its moments are kept."""
 
     init: Callable
     update: Callable
@@ -124,40 +124,41 @@ def parameter_of(path: tuple, known: Collection[tuple[str, ...]]) -> tuple[str, 
 
 
 def _gated(core: optax.GradientTransformation, *, in_turn: bool) -> optax.GradientTransformationExtraArgs:
-    """`core`, whose state a step that is not `sound` leaves as it was.
+    """`core`, whose state a step that is not `sound` leaves as it was. It has to treat every array by itself.
 
-    `in_turn`: one array after the other; the moments of the next come to the device when those of the last are
-    done with. Left to itself the compiler would fetch all of them first.
+    `in_turn`: one array after the other, and its moments come to the device when those of the one before are done
+    with; left to itself the compiler would fetch all of them first. So the gate is in here, array by array: old and
+    new moments are chosen between while both are on the device.
     """
 
     def update(updates, state, params, *, sound):
-        if not in_turn:
+        known = {tuple(key.key for key in path): None for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+        if not in_turn or not known:
             changed, after = core.update(updates, state, params)
             return changed, _where(sound, after, state)
-        known = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        done: list = [()]
+        parts, last = [], ()
         for name in known:
             only = functools.partial(_only, name, known)
-            there, _ = jax.lax.optimization_barrier((only(state), done[-1]))
+            there, _ = jax.lax.optimization_barrier((only(state), last))
             before = jax.device_put(there, jax.memory.Space.Device)
             changed, after = core.update(only(updates), before, only(params))
-            done.append((changed, _where(sound, after, before)))
-        return jax.tree.map(_first, *done[1:], is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+            last = changed, _where(sound, after, before)
+            parts.append(last)
+        return jax.tree.map(_present, *parts, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
 
     return optax.GradientTransformationExtraArgs(core.init, update)
 
 
 def _only(name, known, tree):
-    """Of a tree the arrays that belong to one parameter, and to none."""
-    kept = (name, None)
+    """Of a tree the arrays of one parameter and the counters, and masked nodes for the rest."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if parameter_of(path, known) in kept else optax.MaskedNode(), tree
+        lambda path, leaf: leaf if parameter_of(path, known) in (name, None) else optax.MaskedNode(), tree
     )
 
 
-def _first(*found):
-    """What is there."""
-    return next((each for each in found if not isinstance(each, optax.MaskedNode)), found[0])
+def _present(*leaves):
+    """Of trees that `_only` made the leaf of the one that has it."""
+    return next((leaf for leaf in leaves if not isinstance(leaf, optax.MaskedNode)), leaves[0])
 
 
 def _where(sound, new, old):

@@ -195,7 +195,7 @@ class Compute(config.Config):
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
     offload: bool = Field(
-        False, description="keep moments and the reference in the host's memory, and fetch them when they are needed"
+        False, description="keep moments, and GRPO's copy of the start, in the host's memory until they are needed"
     )
 
 

@@ -172,7 +172,7 @@ def evaluation(job: Job) -> Program:
     return Program(lambda: evaluate.greedily.lower(*given), bytes_of(train.opt_state) + bytes_of(reference))
 
 
-def state_of(job: Job) -> tuple[State, object]:
+def state_of(job: Job) -> tuple[State, optim.Transformation]:
     """What lies there all the time, and the optimiser."""
     settings, adapted = job.settings, job.settings.lora
     _, abstract = lora.build(job.architecture, options.Compute(), adapted)
@@ -216,7 +216,8 @@ def peak(compiled: jax.stages.Compiled) -> int:
     """Bytes that a program has in use on a device, its arguments included."""
     used = compiled.memory_analysis()
     if told := getattr(used, "peak_memory_in_bytes", 0):
-        return told - used.host_argument_size_in_bytes  # counted too, although they take nothing of the device's
+        beside = used.host_output_size_in_bytes - used.host_alias_size_in_bytes
+        return told - used.host_argument_size_in_bytes - beside  # TPUs count what is in the host's memory too
     own = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     return used.argument_size_in_bytes + own
 

@@ -10,7 +10,7 @@ import randomised
 import toy
 from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import checkpoint, codec, families, grpo, hf, images, log, model, options, sft, tiny
+from surgery_r1_jax import checkpoint, codec, families, grpo, hf, images, log, model, options, sft, sharding, tiny
 
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 
@@ -70,6 +70,10 @@ def test_a_reference_kept_in_bfloat16_scores_as_the_one_it_is_a_copy_of():
     config = families.FAMILIES["qwen3_vl_moe"].architecture(randomised.configuration("qwen3_vl_moe", tied=False))
     params = toy.params(config)
     copy = grpo.frozen_copy(params, options.Compute(dtype="bfloat16"))
+    kept = grpo.frozen_copy(params, options.Compute(dtype="bfloat16", offload=True))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept)} == {sharding.HOST}
+    for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(copy), strict=True):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert size(copy) < 0.52 * size(params)
     batch = randomised.batch(config, [randomised.frame(1, grids=((4, 6),), lengths=(5, 5), patch=16)])

@@ -188,7 +188,7 @@ def test_steps_compile_once_and_a_bad_batch_is_as_if_it_had_never_been(training,
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_moments_in_the_hosts_memory_change_nothing_but_their_place(config, params, kind):
     rates, mesh = options.Rates(tower=0.0), sharding.make_mesh((2, 2, 2))
-    settings = options.Optimizer(kind=kind, learning_rate=1e-2, weight_decay=0.1, rates=rates)
+    settings = options.Optimizer(kind=kind, learning_rate=1e-2, weight_decay=0.1, rates=rates, **FLAT)
     batches = [noise(params, seed) for seed in range(3)]
     batches[1] = jax.tree.map(lambda leaf: leaf * np.nan, batches[1])
 
@@ -205,7 +205,9 @@ def test_moments_in_the_hosts_memory_change_nothing_but_their_place(config, para
     plain, without = state_after(False)
     kept, text = state_after(True)
     for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)  # other fusions, other roundings
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)  # other fusions, other roundings
+    second = [np.abs(leaf).max() for leaf in jax.tree.leaves(plain.opt_state) if leaf.ndim > 1]
+    assert min(second) > 1e-4  # all are large enough to be compared
     assert int(kept.skipped) == 1 and not np.array_equal(kept.params["head"], params["head"])
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept.opt_state) if leaf.ndim > 1}
     assert kinds == {"pinned_host"}
@@ -215,6 +217,13 @@ def test_moments_in_the_hosts_memory_change_nothing_but_their_place(config, para
     # Array by array: each waits for the one before it.
     learning = [path for path in by_path(params) if model.part_of(path) != "tower"]
     assert text.count("optimization_barrier") == len(learning) and "optimization_barrier" not in without
+
+
+def test_where_nothing_is_trained_there_is_nothing_to_fetch(params):
+    settings = options.Optimizer(rates=options.Rates(tower=0.0, merger=0.0, decoder=0.0))
+    tx = optim.transformation(settings, STEPS, params, offload=True)
+    state, _ = jax.jit(functools.partial(optim.update, tx=tx))(optim.start(params, tx), jnp.float32(1.0), noise(params))
+    assert same_bytes(state.params, params) and int(state.step) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
