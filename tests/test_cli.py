@@ -379,6 +379,7 @@ def test_starting_devices_respects_the_environment(monkeypatch):
     from absl import flags
 
     names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL")
+    names += ("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",)
     for name in names:
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
         monkeypatch.delenv(name)
@@ -386,11 +387,12 @@ def test_starting_devices_respects_the_environment(monkeypatch):
     handlers.start_devices()
     assert os.environ[names[0]] == str(Path.home() / ".cache" / "surgery_r1_jax" / "xla")
     assert (os.environ[names[1]], os.environ[names[2]]) == ("0.5", "2")
+    assert int(os.environ[names[3]]) >= 1
     assert flags.FLAGS.is_parsed()
     for name in names:
         monkeypatch.setenv(name, "/mine")
     handlers.start_devices()
-    assert [os.environ[name] for name in names] == ["/mine"] * 3
+    assert [os.environ[name] for name in names] == ["/mine"] * 4
 
 
 def test_help_and_mistakes_answer_in_a_second_without_jax():
