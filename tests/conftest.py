@@ -4,10 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-# The tests' programs run for milliseconds, and XLA's newer way to make kernels takes three times as long to compile.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=8"
-)
+import flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags.QUICK} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

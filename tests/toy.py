@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +93,7 @@ def free_port():
 def environ(folder):
     """That of a program of ours which others start; what it compiles is kept in `folder`."""
     ours = {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    ours |= {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    ours |= {"XLA_FLAGS": flags.QUICK, "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
     return os.environ | ours | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
