@@ -110,8 +110,20 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     import randomised
     from bench_branches import repeated
 
-    from surgery_r1_jax import backends, checkpoint, flops, grpo, lora, optim, options, run, sampling, sft, sharding
-    from surgery_r1_jax import speed as clock
+    from surgery_r1_jax import (
+        backends,
+        checkpoint,
+        flops,
+        grpo,
+        lora,
+        optim,
+        options,
+        run,
+        sampling,
+        sft,
+        sharding,
+        speed,
+    )
 
     work, dtype, mesh = args.work, args.dtype, sharding.make_mesh()
     how = dict(dtype=dtype, attention=leg.attention, mesh=mesh.devices.shape, offload=args.offload)
@@ -132,15 +144,12 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     moments = {sharding.is_offloaded(leaf.sharding) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
     assert moments == {args.offload}
     frame, asked = frames_of(case)
-
-    def lay(frame):
-        batch = randomised.batch(loaded.config, [frame])
-        return repeated(batch) if leg.layout == "repeated" else batch
-
+    host = randomised.batch(loaded.config, [asked if leg.kind == "grpo" else frame])
+    host = repeated(host) if leg.layout == "repeated" else host
     if leg.kind != "grpo":
-        settings, host = options.SFT(**common), lay(frame)
+        settings = options.SFT(**common)
         step = run.keep_layout(functools.partial(sft.train_step, graph, tx, settings=settings), state)
-        batch, done = sharding.put_batch(host, mesh), clock.supervised(host, cost)
+        batch, done = sharding.put_batch(host, mesh), speed.supervised(host, cost)
 
         def once(state):
             state, stats = step(state, frozen, batch, None)
@@ -149,13 +158,12 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
         sampler, objective = options.Sampler(max_tokens=case.completion), options.Objective(beta=BETA)
         settings = options.GRPO(**common, samples=case.samples, sampler=sampler, objective=objective)
         step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), state)
-        host = randomised.batch(loaded.config, [asked])
         prompts = sharding.put_batch(host, mesh)
         allowed = sharding.put_batch(np.arange(loaded.config.text.vocab_size)[None] < 1000, mesh)[0]
         words = sampling.Vocabulary(allowed, randomised.STOP, randomised.PAD)
         numbers = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)
         length = np.full((1, case.samples), case.completion)
-        done = clock.reinforced(host, length, cost, most=case.completion, updates=1, reference=True)
+        done = speed.reinforced(host, length, cost, most=case.completion, updates=1, reference=True)
         advantage = jnp.asarray(np.linspace(-1, 1, case.samples, dtype=np.float32))[None]
 
         def once(state):

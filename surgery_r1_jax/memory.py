@@ -38,37 +38,37 @@ class Bytes(NamedTuple):
 
 def estimated(job: Job) -> Bytes:
     """Memory by arithmetic."""
-    frames, batches = _frames(job), (1 + stream.AHEAD) * _batch(job)
-    moments, reference = _offloaded(job)
+    frames, batches, (state, _) = _frames(job), (1 + stream.AHEAD) * _batch(job), programs.state_of(job)
+    moments, reference = _offloaded(state)
     # Of moments those of one array come to the device at a time, when activations are gone; the reference comes whole.
     activations = batches + max(_activations(job, frames=-(-frames // job.parts)), 2 * max(moments, default=0))
     rollout = batches + _rollout(job, frames) + reference if job.samples else 0
-    return Bytes(*_lasting(job), activations, rollout, sum(moments) + reference, "estimated")
+    return Bytes(*_lasting(state), activations, rollout, sum(moments) + reference, "estimated")
 
 
 def compiled(job: Job) -> Bytes:
     """Memory by the compiler. Needs a mesh of real devices."""
-    lasting, ahead = _lasting(job), stream.AHEAD * _batch(job)
+    state, _ = programs.state_of(job)
+    lasting, ahead = _lasting(state), stream.AHEAD * _batch(job)
     own = {
         name: programs.peak(program.lower().compile()) + program.beside - sum(lasting[:3]) + ahead
         for name, program in programs.of(job).items()
     }
     activations = own.pop("update") - lasting[3]
-    moments, reference = _offloaded(job)
+    moments, reference = _offloaded(state)
     rollout = max(own.values(), default=0)
     return Bytes(*lasting, activations, rollout, sum(moments) + reference, "compiled")
 
 
-def _lasting(job: Job) -> tuple[int, int, int, int]:
+def _lasting(state: programs.State) -> tuple[int, int, int, int]:
     """Parameters, moments, reference and gradients."""
-    (train, frozen, reference), _ = programs.state_of(job)
+    train, frozen, reference = state
     trained, *others = map(programs.bytes_of, (train.params, frozen, train.opt_state, reference))
     return trained + others[0], others[1], others[2], trained
 
 
-def _offloaded(job: Job) -> tuple[list[int], int]:
+def _offloaded(state: programs.State) -> tuple[list[int], int]:
     """What each array of the moments takes in the host's memory, and what the reference takes there."""
-    state, _ = programs.state_of(job)
     moments = [programs.bytes_of(leaf, offloaded=True) for leaf in jax.tree.leaves(state.train.opt_state)]
     return moments, programs.bytes_of(state.reference, offloaded=True)
 

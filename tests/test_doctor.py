@@ -180,13 +180,11 @@ def test_every_answer_of_the_data_is_read_back_and_a_broken_codec_is_seen(toys, 
     assert doctor.measure(frames, broken).miou < 0.9
 
 
-def job_of(toys, program, compute={}, **more):  # noqa: B006
+def job_of(toys, program, offload=False, **more):
     folder, data = toys
     source = options.Data(root=str(data), frames=8, questions=3)
-    return job_for(
-        program(model=str(folder), data=source, compute=options.Compute(mesh=(1, 8, 1), remat=True, **compute), **more),
-        folder,
-    )
+    compute = options.Compute(mesh=(1, 8, 1), remat=True, offload=offload)
+    return job_for(program(model=str(folder), data=source, compute=compute, **more), folder)
 
 
 def job_for(settings, folder):
@@ -241,7 +239,7 @@ def test_lasting_memory_is_counted_by_shape_and_sharding(toys):
 def test_what_the_hosts_memory_keeps_takes_nothing_of_the_devices(toys):
     more = dict(samples=2, objective={"beta": 0.04})
     plain = memory.estimated(job_of(toys, options.GRPO, **more))
-    job = job_of(toys, options.GRPO, compute=dict(offload=True), **more)
+    job = job_of(toys, options.GRPO, offload=True, **more)
     found, (state, _) = memory.estimated(job), programs.state_of(job)
     assert found.reference == 0 and found.moments < 100  # counters stay
     assert found.offloaded == plain.moments + plain.reference - found.moments
