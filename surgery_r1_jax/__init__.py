@@ -13,8 +13,8 @@ Reading order; a module imports only modules before it. README.md says of each w
     families                 weights family qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe families sizes lora
     numbers                  boxes rewards metrics grade scoring advantages objectives sampling
                              flops
-    files and state          tensors placement hf peft fresh optim packed modelcard sums saves checkpoint log
-                             speed
+    files and state          heap tensors placement hf peft fresh optim packed modelcard sums saves checkpoint
+                             log speed
     programs                 evaluate conversations run sft grpo hlo programs
     for people               pictures sheet charts cards report data_page memory doctor survey ask demo
                              arguments launchers hosts handlers cli

@@ -6,7 +6,6 @@ status, or None for 0.
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgery_r1_jax import hosts, launchers, places
+from surgery_r1_jax import heap, hosts, launchers, places
 from surgery_r1_jax.errors import InputError, Preempted
 
 
@@ -30,19 +29,6 @@ def start_devices() -> None:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
-
-
-def keep_memory() -> None:
-    """Have this process keep what memory it frees, for the next array: fresh pages cost more than copying to them.
-
-    For commands that pass a whole model through a few buffers. GNU's C library has the switches (mallopt(3)); with
-    another one nothing happens.
-    """
-    arenas_max, mmap_max, trim_threshold = -8, -4, -1
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for switch, value in ((arenas_max, 1), (mmap_max, 0), (trim_threshold, -1)):
-            mallopt(switch, value)
 
 
 def start_together(args: argparse.Namespace) -> None:
@@ -225,7 +211,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
 
 def export(args: argparse.Namespace) -> None:
     """`export`."""
-    keep_memory()
+    heap.keep()
     start_devices()
     from surgery_r1_jax import checkpoint, log
 
@@ -237,7 +223,7 @@ def export(args: argparse.Namespace) -> None:
 
 def import_folder(args: argparse.Namespace) -> None:
     """`import`."""
-    keep_memory()
+    heap.keep()
     start_together(args)
     from surgery_r1_jax import checkpoint, log
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from surgery_r1_jax import errors, optim, places, sums, tensors
+from surgery_r1_jax import errors, heap, optim, places, sums, tensors
 
 FORMAT = 2
 
@@ -171,6 +171,7 @@ def _save(manager: ocp.CheckpointManager, step: int, args: dict[str, ocp.args.Ch
         raise errors.StorageError(
             f"{manager.directory}/{step}: not saved: {told}; {kept}. Make room, then go on with --resume"
         ) from None
+    heap.give_back()  # Orbax saves by new threads each time
 
 
 def _meta_of(about: dict[str, Any]) -> ocp.args.JsonSave:
