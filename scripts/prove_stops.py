@@ -14,6 +14,7 @@ Each prints what was tried and what of it failed; the exit status is 1 if anythi
 
 import argparse
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -70,9 +71,17 @@ def prepare(folder: Path, **schedule: int) -> None:
     (folder / "grpo.yaml").write_text(plain + "samples: 2\nsampler: {max_tokens: 4}\n")
 
 
+def told_step(line: str) -> int | None:
+    """The step after which a run says it stopped, if any."""
+    found = re.search(r"stopped after step (\d+)", line)
+    return int(found[1]) if found else None
+
+
 def prove_stops(folder: Path, count: int) -> int:
     """Stop runs; how often it did not end as it should."""
     import toy
+
+    from surgery_r1_jax import saves
 
     prepare(folder, workers=0, steps=STEPS, eval_every=3, save_every=2, log_every=1)
     words = lambda kind, out: [kind, "--config", f"{folder}/{kind}.yaml", "--out", str(out), "--resume", "auto"]  # noqa: E731
@@ -96,9 +105,10 @@ def prove_stops(folder: Path, count: int) -> int:
         lines = [line for line in told.splitlines() if line.startswith("stopped: ")]
         nothing_left = process.returncode == 0 and not lines
         done = nothing_left and toy.result(out, STEPS) == wanted[kind]
+        saved = saves.last_step(out)
         again = command(folder, ["-m", "surgery_r1_jax.cli", *words(kind, out)])
         after = again.communicate()[1]
-        good = done or (process.returncode == 75 and len(lines) == 1)
+        good = done or (process.returncode == 75 and len(lines) == 1 and saved == told_step(lines[0]))
         good = good and "Traceback" not in told and took <= LIMIT_S
         good = good and again.returncode == 0 and toy.result(out, STEPS) == wanted[kind]
         failed += not good

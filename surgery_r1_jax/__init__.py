@@ -15,7 +15,7 @@ Reading order; a module imports only modules before it. README.md says of each w
                              flops
     files and state          heap tensors placement hf peft fresh optim packed modelcard sums saves checkpoint
                              log speed
-    programs                 evaluate conversations run sft grpo hlo programs
+    programs                 evaluate conversations run milestones sft grpo hlo programs
     for people               pictures sheet charts cards report data_page memory doctor survey ask demo
                              arguments launchers hosts handlers cli
 

@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     hf,
     lora,
     memory,
+    milestones,
     model,
     options,
     pipeline,
@@ -64,7 +65,7 @@ def start(settings: options.SFT | options.GRPO, name: str | Path) -> int:
     architecture, mesh = hf.read_config(folder), mesh_of(settings.compute.mesh)
     encoder = hf.encoder_of(folder, architecture)
 
-    frames, (dev, _) = pipeline.read(settings.data), run.dev_frames(settings.data, settings.evaluation)
+    frames, (dev, _) = pipeline.read(settings.data), milestones.dev_frames(settings.data, settings.evaluation)
     settings = run.scheduled(settings, frames)
     print(f"{name}: {kind}, {settings.schedule.steps} steps of {settings.data.frames} frames")
     _section("model", settings.model, _model_rows(architecture, settings))

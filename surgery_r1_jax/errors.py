@@ -11,7 +11,7 @@ class InputError(Exception):
 
 
 class NumericError(Exception):
-    """Training met non-finite numbers too often to go on. The message says the step and the last good checkpoint."""
+    """Training met non-finite numbers too often to go on. The message says the step, and how to go on."""
 
     exit_status = 5
 

@@ -23,6 +23,7 @@ from surgery_r1_jax import (
     flops,
     grade,
     lora,
+    milestones,
     model,
     objectives,
     optim,
@@ -232,7 +233,7 @@ def train(
 
     stream = pipeline.rollouts(frames, runner.encoder, settings.data, seed=settings.seed, shard=runner.shard)
     data_hash = run.fingerprint(frames, runner.shard, settings.seed, stream.plan, settings.data.augment)
-    dev = run.Dev(out, setup, settings.data, settings.evaluation)
+    dev = milestones.Dev(out, setup, settings.data, settings.evaluation)
 
     # The reference is the start, frozen; without a KL term there is none. Adapters leave it where it was.
     reference = (setup.frozen or frozen_copy(setup.params, settings.compute)) if held_against else None
@@ -244,14 +245,15 @@ def train(
     saved, (state, reached, meta) = run.begin(out, setup, tx, data_hash, resume=resume)
     if resume and meta["reference"] != reference_hash:
         raise errors.InputError(f"{settings.model}: not the reference model that {out} was started with")
-    take_step, scores = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), state), {}
+    take_step = run.keep_layout(functools.partial(update_step, setup.graph, tx, settings), state)
 
+    owed = milestones.owed(out, plan, reached, settings.evaluation.split)
     run.check_profile(profile, reached + 1, plan)
     key = jax.random.key(settings.seed)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     counted = dict(most=settings.sampler.max_tokens, updates=settings.updates, reference=held_against)
     with (
-        run.StopSignal() as stop,
+        milestones.StopSignal() as stop,
         run.open_log(out, "grpo", plan, reached if resume else None) as journal,
         stream.starting(reached, lambda pair: (sharding.put_batch(pair[0], runner.mesh), *pair)) as data,
         speed.Clock(runner.mesh.devices) as clock,
@@ -259,6 +261,10 @@ def train(
     ):
         for line in stream.plan.lines():
             journal.say(line)
+        about = {"data": data_hash, "reference": reference_hash}
+        marks = milestones.Milestones(plan, dev, saved, about, journal, clock, stop)
+        if owed:
+            marks.make_up(reached, state.params)
         for step in steps:
             with clock.lap("data_wait"):
                 prompts, host_prompts, gold = next(data)
@@ -276,20 +282,12 @@ def train(
                     state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
                 steps.dispatched(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
                 steps.settle()  # the next rollout needs this update anyway
-            stopping = stop.now() and step < plan.steps
             if plan.evaluates(step):
-                with clock.lap("evaluation"):
-                    journal.table(step, completions(graded, earned, frames, gold, settings))
-                    scores = dev.score(step, state.params, journal)
-            if stopping or plan.saves(step):
-                with clock.lap("checkpoint"):
-                    journal.keep()
-                    saved.save(step, state, {"data": data_hash, "reference": reference_hash})
-            if stopping:
-                raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
+                journal.table(step, completions(graded, earned, frames, gold, settings))
+            marks.reached(step, state, stopping=stop.now())
     saved.close()
     dev.close()
-    return scores
+    return marks.scores
 
 
 def completions(graded: grade.Graded, earned: rewards.Rewards, frames, gold, settings: options.GRPO) -> list[dict]:

@@ -133,46 +133,48 @@ def init(args: argparse.Namespace) -> None:
 
 def sft(args: argparse.Namespace) -> None:
     """`sft`."""
-    from surgery_r1_jax import config, options
+    with _stoppable():
+        from surgery_r1_jax import config, options
 
-    settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-    start_together(args)
-    from surgery_r1_jax import sft
+        settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
+        start_together(args)
+        from surgery_r1_jax import sft
 
-    _train(sft, settings, args)
+        _train(sft, settings, args)
 
 
 def grpo(args: argparse.Namespace) -> None:
     """`grpo`."""
-    from surgery_r1_jax import config, options
+    with _stoppable():
+        from surgery_r1_jax import config, options
 
-    settings = config.load(options.GRPO, args.config, args.overrides)
-    start_together(args)
-    from surgery_r1_jax import grpo
+        settings = config.load(options.GRPO, args.config, args.overrides)
+        start_together(args)
+        from surgery_r1_jax import grpo
 
-    _train(grpo, settings, args)
+        _train(grpo, settings, args)
 
 
 def _train(program: types.ModuleType, settings, args: argparse.Namespace) -> None:
     """Begin a run or go on with it; with `--resume auto` whichever it is, and nothing where all steps are done."""
-    with _stoppable():
-        resume = args.resume
-        if resume == "auto":
-            from surgery_r1_jax import run
+    resume = args.resume
+    if resume == "auto":
+        from surgery_r1_jax import milestones, run
 
-            step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
-            if step is not None and steps is not None and step >= steps:
-                print(f"{args.out}: all of its {step} steps are done")
-                return
-            resume = step is not None
-        program.train(settings, args.out, resume=resume, profile=args.profile)
+        step, steps = run.take_up(args.out), settings.schedule.steps  # none yet where there are epochs
+        done = step is not None and steps is not None and step >= steps
+        if done and milestones.evaluated(args.out, step, settings.evaluation.split):
+            print(f"{args.out}: all of its {step} steps are done")
+            return
+        resume = step is not None
+    program.train(settings, args.out, resume=resume, profile=args.profile)
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """Where a lone process may be told to stop and no step is under way, after which it would save: it just leaves.
 
-    Of several processes each has one that watches it (see `hosts`), which is what gets the signal.
+    Of several processes each has one that watches it (see `hosts`), which is what gets the signal then.
     """
 
     def leave(*_: object) -> None:
@@ -180,14 +182,12 @@ def _stoppable() -> Iterator[None]:
         print(told, file=sys.stderr, flush=True)
         os._exit(Preempted.exit_status)
 
-    if hosts.joined():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, before)
 
 
 def evaluate(args: argparse.Namespace) -> int | None:

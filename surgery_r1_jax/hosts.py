@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import BinaryIO, TextIO
 
-from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.errors import InputError, Preempted, printable
 from surgery_r1_jax.launchers import Place
 
 JOIN_S = 300  # the longest wait for all others at the start
@@ -125,6 +125,7 @@ def _fork(place: Place, limit_s: float) -> Callable[[str], None]:
     for end in (held, heard, noise):
         os.close(end)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until jax listens to it; the parent tells what came of it
 
     def end_with_the_parent():
         os.read(life, 1)  # nothing is ever written
@@ -142,7 +143,7 @@ class _Watch:
 
     def __init__(self, place: Place, limit_s: float, child: int):
         self._place, self._limit_s, self._child = place, limit_s, child
-        self._late = False
+        self._late = self._stopped = False
         self._timer = threading.Timer(limit_s, self._lose_patience)
         self._kept: list[bytes] = []  # what jax says from its first word of a lost process
 
@@ -162,6 +163,7 @@ class _Watch:
         return self._judge(os.waitstatus_to_exitcode(ended))
 
     def _forward(self, number: int, *_: object) -> None:
+        self._stopped |= number == signal.SIGTERM
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child, number)
 
@@ -203,6 +205,9 @@ class _Watch:
             return self._tell("another process counts other processes; give all the same --processes", 2)
         if status == -signal.SIGABRT and "JAX distributed service" in said:
             return self._tell(f"{_lost(said)}; see what it says, then start all again, training with --resume", LOST)
+        if self._stopped and status == -signal.SIGTERM:
+            told = "told to stop before there was anything to save; start all again, training with --resume auto"
+            return self._tell(told, Preempted.exit_status, "stopped")
         if status < 0:
             for line in self._kept:
                 self._print(line)
@@ -211,8 +216,8 @@ class _Watch:
             return self._tell(f"was ended by {name}{more}", 128 - status)
         return status
 
-    def _tell(self, reason: str, status: int) -> int:
-        print(f"error: {self._place}: {reason}", file=sys.stderr, flush=True)
+    def _tell(self, reason: str, status: int, what: str = "error") -> int:
+        print(f"{what}: {self._place}: {reason}", file=sys.stderr, flush=True)
         return status
 
 

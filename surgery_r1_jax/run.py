@@ -1,8 +1,6 @@
-"""What every training run has, whatever it trains: folder, mesh, model, steps with their numbers, and a stop signal."""
+"""What every training run has, whatever it trains: folder, mesh, model, and steps with their numbers."""
 
 import contextlib
-import itertools
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -283,68 +281,6 @@ def traced(folder: Path) -> Iterator[None]:
             jax.profiler.stop_trace()
 
 
-class StopSignal:
-    """Remembers SIGTERM, so that a loop can save at a step boundary and leave; a context manager.
-
-    Of several processes all must leave at the same step, whichever got the signal: there JAX's own preemption
-    service listens and settles on the question, counted from the first, that all answer with yes. Steps would not do:
-    before the first question it takes the count to be 0, and a resumed run never comes to step 1.
-    """
-
-    _questions = itertools.count(1)  # of all runs of a process
-
-    def __init__(self):
-        self._noted = False
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self):
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_):
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def now(self) -> bool:
-        """Whether to leave after this step; to be asked exactly once a step, for the answer may change."""
-        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(next(self._questions))
-
-    def _note(self, *_):
-        self._noted = True
-
-
-def dev_frames(data: options.Data, settings: options.Evaluation) -> tuple[Sequence, options.Data]:
-    """Frames of the evaluation split, and how to batch them."""
-    chosen = data.model_copy(
-        update=dict(split=settings.split, frames=settings.frames, questions=settings.questions, limit=settings.limit)
-    )
-    return pipeline.read(chosen), chosen
-
-
-class Dev:
-    """The dev split of a run: scores what is trained on it, logs the scores, and keeps the best."""
-
-    def __init__(self, out: Path, setup: Setup, data: options.Data, settings: options.Evaluation):
-        self._runner, self._frozen, self._settings = setup.runner, setup.frozen, settings
-        self._frames, self._data = dev_frames(data, settings)
-        self._best = saves.Best(out)
-
-    def score(self, step: int, params: dict, journal: log.RunLog) -> dict:
-        """Greedy answers to all its questions, scored."""
-        whole = model.joined(self._frozen, params)
-        predictions = evaluate.predict(self._runner, whole, self._frames, self._data, self._settings.max_tokens)
-        scores = evaluate.score(predictions, self._runner.encoder.classes)
-        journal.metrics(step, flat(scores), split=self._settings.split)
-        if scores["joint_rate"] > self._best.rate:
-            self._best.save(step, params, scores["joint_rate"])
-        return scores
-
-    def close(self) -> None:
-        """Wait for the last save."""
-        self._best.close()
-
-
 def fingerprint(frames: Sequence, shard: pipeline.Shard, *rest: object) -> str:
     """`pipeline.fingerprint`, for which each process reads its part of the images."""
     own = np.zeros((-(-len(frames) // shard.count), 32), np.uint8)  # equally many everywhere, the last ones unused
@@ -362,11 +298,3 @@ def same_data(meta: dict, data_hash: str, out: Path) -> None:
             f"{out}: labels, images or the settings of their order changed since the checkpoint "
             f"(fingerprint {meta['data'][:12]}, now {data_hash[:12]}); restore them, or start a new run from {out}"
         )
-
-
-def flat(scores: dict) -> dict:
-    """Scores by name, those of a question type as kind/name."""
-    plain = {name: value for name, value in scores.items() if name != "by_kind"}
-    for kind, values in scores.get("by_kind", {}).items():
-        plain |= {f"{kind}/{name}": value for name, value in values.items()}
-    return plain

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from surgery_r1_jax import (
-    errors,
     flops,
     lora,
+    milestones,
     model,
     optim,
     options,
@@ -80,19 +80,20 @@ def train(
     )
     rest = settings.seed, stream.plan, settings.targets, settings.data.augment
     data_hash = run.fingerprint(frames, runner.shard, *rest)
-    dev = run.Dev(out, setup, settings.data, settings.evaluation)
+    dev = milestones.Dev(out, setup, settings.data, settings.evaluation)
     number_V = jax.device_put(
         runner.encoder.chat.number_values(setup.model.text.vocab_size), sharding.replicated(runner.mesh)
     )
 
     tx = optim.transformation(settings.optimizer, plan.steps, setup.params, offload=settings.compute.offload)
     saved, (state, reached, _) = run.begin(out, setup, tx, data_hash, resume=resume)
-    take_step, scores = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), state), {}
+    take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), state)
+    owed = milestones.owed(out, plan, reached, settings.evaluation.split)
     run.check_profile(profile, reached + 1, plan)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
-        run.StopSignal() as stop,
+        milestones.StopSignal() as stop,
         run.open_log(out, "sft", plan, reached if resume else None) as journal,
         stream.starting(reached, put) as data,
         speed.Clock(runner.mesh.devices) as clock,
@@ -100,25 +101,18 @@ def train(
     ):
         for line in stream.plan.lines():
             journal.say(line)
+        marks = milestones.Milestones(plan, dev, saved, {"data": data_hash}, journal, clock, stop)
+        if owed:
+            marks.make_up(reached, state.params)
         for step in steps:
             with clock.lap("data_wait"):
                 batch, done = next(data)
             with clock.lap("update"):
                 state, stats = take_step(state, setup.frozen, batch, number_V)
                 steps.dispatched(step, stats, done)
-                stopping = stop.now() and step < plan.steps
-                saving = stopping or plan.saves(step)
-                if saving or plan.evaluates(step):
+                if (stopping := stop.now()) or marks.due(step):
                     steps.settle()
-            if plan.evaluates(step):
-                with clock.lap("evaluation"):
-                    scores = dev.score(step, state.params, journal)
-            if saving:
-                with clock.lap("checkpoint"):
-                    journal.keep()
-                    saved.save(step, state, {"data": data_hash})
-            if stopping:
-                raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
+            marks.reached(step, state, stopping=stopping)
     saved.close()
     dev.close()
-    return scores
+    return marks.scores

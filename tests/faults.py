@@ -38,7 +38,7 @@ PLACES = {
     "data": ("stream", "Ahead.__next__"),
     "rollout": ("grpo", "sample"),
     "reward": ("grade", "grade"),
-    "step": ("run", "StopSignal.now"),
+    "step": ("milestones", "StopSignal.now"),
     "evaluation": ("evaluate", "predict"),
     "save": ("saves", "Checkpoints.save"),
 }

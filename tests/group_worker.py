@@ -14,7 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from surgery_r1_jax import checkpoint, errors, evaluate, grpo, optim, options, pipeline, run, sft, sharding, speed
+from surgery_r1_jax import (
+    checkpoint,
+    errors,
+    evaluate,
+    grpo,
+    milestones,
+    optim,
+    options,
+    pipeline,
+    sft,
+    sharding,
+    speed,
+)
 
 MAX_TOKENS, SEEDS, LEG = 4, (0, 1, 2), 2
 
@@ -41,7 +53,7 @@ def together(folder: Path) -> dict:
     mesh = sharding.make_mesh()
     loaded = checkpoint.load_model(chosen.model, mesh)
     runner = evaluate.runner_of(loaded.folder, loaded.config, mesh)
-    frames, asked = run.dev_frames(chosen.data, chosen.evaluation)
+    frames, asked = milestones.dev_frames(chosen.data, chosen.evaluation)
     found = {"answers": evaluate.predict(runner, loaded.params, frames, asked, MAX_TOKENS), "tokens": {}}
 
     stream = pipeline.rollouts(pipeline.read(chosen.data), runner.encoder, chosen.data, seed=0, shard=runner.shard)

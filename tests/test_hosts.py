@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery_r1_jax import cli, hosts, launchers
+from surgery_r1_jax import cli, errors, hosts, launchers
 from surgery_r1_jax.launchers import Place
 
 HOME = Path(__file__).resolve().parents[1]
@@ -198,6 +198,12 @@ def gone(pid):
     return False
 
 
+def hears(pid, number):
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_others_that_never_come_are_one_line_in_the_time_that_was_given(tmp_path):
     began = time.monotonic()
     with Group(tmp_path, count=2, started=1, limit=2) as group:
@@ -205,6 +211,19 @@ def test_others_that_never_come_are_one_line_in_the_time_that_was_given(tmp_path
     assert status == hosts.LOST and err.count("\n") == 1
     assert re.match(r"error: process 0 of 2: the others did not come at 127\.0\.0\.1:\d+ within 2 s; start", err)
     assert time.monotonic() - began < 60
+
+
+def test_a_stop_while_waiting_for_others_is_one_line(tmp_path):
+    with Group(tmp_path, count=2, started=1) as group:
+        while not hears(group.processes[0].pid, signal.SIGTERM):
+            time.sleep(0.05)
+        group.processes[0].terminate()
+        ((status, _, err),) = group.ends(0)
+    assert (status, err) == (
+        errors.Preempted.exit_status,
+        "stopped: process 0 of 2: told to stop before there was anything to save; start all again, training with "
+        "--resume auto\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def family(request, oracle):
     """A base folder, its torch model, and the architecture."""
     pytest.importorskip("peft", reason="adapters are compared with peft's, which needs PyTorch")
     folder, reference = oracle(family=request.param)
-    return folder, reference, hf.read_config(folder)
+    yield folder, reference, hf.read_config(folder)
+    reference.requires_grad_(True)  # peft froze it, and other tests want its gradients
 
 
 def torch_logits(network, config, frame):

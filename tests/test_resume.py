@@ -21,10 +21,12 @@ from toy import few_devices, quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     checkpoint,
+    cli,
     errors,
     evaluate,
     grpo,
     log,
+    milestones,
     optim,
     options,
     run,
@@ -125,12 +127,42 @@ def test_sft_stopped_by_sigterm_then_killed_equals_the_uninterrupted_run(place, 
     assert [row["loss"] for row in log.read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "train"]
 
 
-def test_sigterm_during_an_evaluation_leaves_a_checkpoint_of_the_step_it_names(place, sft_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", faults.interrupted(evaluate.predict, 1, terminate))
-    with pytest.raises(errors.Preempted, match=f"after step 4 of {STEPS}"):
-        sft.train(sft_settings(place), tmp_path)
-    assert saves.Checkpoints(tmp_path).latest() == 4
+@pytest.mark.parametrize(("evaluation", "step"), [(1, 3), (2, STEPS)])
+def test_sigterm_during_an_evaluation_saves_at_once_and_is_made_up_for(
+    place, sft_run, tmp_path, monkeypatch, evaluation, step
+):
+    settings, dev = sft_settings(place), "dev"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "predict", faults.interrupted(evaluate.predict, evaluation, terminate))
+        with pytest.raises(errors.Preempted, match=f"after step {step} of {STEPS}"):
+            sft.train(settings, tmp_path)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert saves.Checkpoints(tmp_path).latest() == step
+    assert step not in [row["step"] for row in toy.logged(tmp_path) if row["split"] == dev]
+    with monkeypatch.context() as patch:  # told again as it makes up for it, and then killed just before that is logged
+        patch.setattr(evaluate, "predict", faults.interrupted(evaluate.predict, 1, terminate))
+        with pytest.raises(errors.Preempted, match=f"after step {step} of {STEPS}"):
+            sft.train(settings, tmp_path, resume=True)
+        patch.setattr(milestones, "flat", lambda scores: kill())
+        with pytest.raises(Killed):
+            sft.train(settings, tmp_path, resume=True)
+    assert not milestones.evaluated(tmp_path, step, dev)
+    scores = sft.train(settings, tmp_path, resume=True)
+    assert scores["joint_rate"] == toy.logged(sft_run)[-1]["joint_rate"]
+    assert lines(tmp_path) == lines(sft_run) and whole(tmp_path, STEPS) == whole(sft_run, STEPS)
+    assert saves.steps(tmp_path / "best") == saves.steps(sft_run / "best")
+
+
+def test_a_run_without_its_last_evaluation_is_not_done(sft_run, tmp_path, capsys):
+    out = shutil.copytree(sft_run, tmp_path / "run")
+    words = ["sft", "--config", str(out / "config.yaml"), "--out", str(out), "--resume", "auto"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{out}: all of its {STEPS} steps are done\n"
+    whole_log = lines(out)
+    rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(rows[:-1]))
+    assert cli.main(words) == 0
+    assert lines(out) == whole_log
 
 
 def test_a_stop_before_the_first_step_is_one_line_and_leaves_what_was_there(place, sft_run, tmp_path):

@@ -9,7 +9,7 @@ import randomised
 import toy
 from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import errors, flops, grpo, log, options, run, sft, speed
+from surgery_r1_jax import errors, flops, grpo, log, milestones, options, run, sft, speed
 
 STEPS = 6
 SHARES = ("data_wait", "update", "evaluation", "checkpoint", "compile", "other")
@@ -273,7 +273,7 @@ def test_statistics_are_read_when_the_next_step_is_under_way_and_nothing_else_is
         return take
 
     monkeypatch.setattr(run, "keep_layout", watched)
-    monkeypatch.setattr(run.Dev, "score", lambda *_: {})
+    monkeypatch.setattr(milestones.Dev, "score", lambda *_: {})
     blocked = []
     monkeypatch.setattr(jax, "block_until_ready", lambda *_: blocked.append(1))
     sft.train(settings_of(options.SFT, place, eval_every=0, save_every=100, log_every=4), tmp_path)
