@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -95,6 +96,21 @@ def test_a_jobset_restarts_all_of_its_hosts_for_all_but_a_mistake(file):
 def test_skypilot_recovers_what_was_preempted_and_what_saved_itself(file):
     resources = yaml.safe_load(file.read_text())["resources"]
     assert resources["use_spot"] and resources["job_recovery"]["recover_on_exit_codes"] == [69, 75]
+
+
+@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda page: page.stem)
+def test_the_pages_name_commands_that_the_program_takes_and_files_that_exist(page):
+    text = page.read_text("utf-8")
+    for line in (line for line in text.splitlines() if line.startswith("surgery-r1 ")):
+        name, *words = shlex.split(line)[1:]
+        name = f"{name} {words.pop(0)}" if name == "data" else name
+        parser = cli.commands()[name]
+        parser.parse_args(parser.sort(words)[0])
+    named = re.findall(r"`([a-z-]+\.(?:sh|yaml|sbatch|py|txt|md))`|\]\(([a-z]+\.md)\)", text, re.IGNORECASE)
+    assert all((FOLDER / (file or link)).is_file() for file, link in named)
+    assert all((ROOT / path).is_file() for path in re.findall(r"(?:scripts|configs)/[\w/-]+\.\w+", text))
+    lengths = [len(page.read_text("utf-8").splitlines()) for page in FOLDER.glob("*.md")]
+    assert len(lengths) == 4 and max(lengths) < 130
 
 
 def stand_in(folder, name, text):

