@@ -282,8 +282,7 @@ def train(
                     journal.table(step, completions(graded, earned, frames, gold, settings))
                     scores = dev.score(step, state.params, journal)
             if stopping or plan.saves(step):
-                with clock.lap("checkpoint"):
-                    journal.keep()
+                with clock.lap("checkpoint"), journal.saving(step):
                     saved.save(step, state, {"data": data_hash, "reference": reference_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")

@@ -114,8 +114,7 @@ def train(
                 with clock.lap("evaluation"):
                     scores = dev.score(step, state.params, journal)
             if saving:
-                with clock.lap("checkpoint"):
-                    journal.keep()
+                with clock.lap("checkpoint"), journal.saving(step):
                     saved.save(step, state, {"data": data_hash})
             if stopping:
                 raise errors.Preempted(f"stopped after step {step} of {plan.steps}, saved; go on with --resume")
