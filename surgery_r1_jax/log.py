@@ -220,7 +220,7 @@ class RunLog:
         kept_s, dropped_s = (
             max((row["elapsed_s"] for row in rows), default=0.0) for rows in map(operator.add, lines, saved)
         )
-        reached_s = max(kept_s, dropped_s, started[-1]["elapsed_s"])
+        reached_s = max(kept_s, dropped_s)
         last_sign_of_life = started[-1]["started_unix"] + reached_s - started[-1]["elapsed_s"]
         return kept_s, reached_s - kept_s, max(0.0, time.time() - last_sign_of_life)
 
