@@ -1,15 +1,18 @@
 #!/usr/bin/env python
-"""A run is told to stop wherever it may be, and runs for long.
+"""A run is told to stop wherever it may be, runs for long, and is killed again and again.
 
     stops   one process trains a tiny model by the command line and gets SIGTERM at a named place, every third time
             twice; it has to leave with status 75 and one line within half a minute, or be done with its last step, and
             with --resume auto arrive, bit for bit, where a run arrives that was never disturbed
     soak    one process trains for so many minutes, saving and evaluating all the time; its memory may grow by a
             megabyte in a thousand steps, its threads, open files and blocks of shared memory not at all
+    lost    one run is killed so many times, the first time before its first checkpoint, and started anew with
+            --resume auto after pauses; what its files tell of the time at work, lost, down and in saves is held against
+            another clock, which sees the processes from outside: within 5 %, or within a second where that is more
 
 Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux.
 
-.venv/bin/python scripts/prove_stops.py --work /tmp/stops --stops 84 --soak 120
+.venv/bin/python scripts/prove_stops.py --work /tmp/stops --stops 84 --soak 120 --lost 3
 """
 
 import argparse
@@ -27,6 +30,7 @@ import numpy as np
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 LIMIT_S, STEPS = 30, 6
+STEP_S, SAVE_S, SAVE_EVERY, PAUSE_S = 0.5, 2.0, 100, 8.0  # of the run that is killed; it sleeps so long more
 SHARED = ("start", "ready", "data", "step", "save", "evaluation")
 WHERE = {"sft": SHARED, "grpo": (*SHARED, "rollout", "reward")}
 CALLS = {"start": (1,), "ready": (1,), "save": (1, 2), "evaluation": (1, 2)}  # of other places any step's
@@ -156,16 +160,102 @@ def prove_soak(folder: Path, minutes: float) -> int:
     return not good
 
 
+def sleeper(words: list[str]) -> int:
+    """The command line, with long steps and saves; prints when each save began and when it was whole."""
+    from surgery_r1_jax import cli, handlers
+
+    handlers.start_devices()
+    from surgery_r1_jax import saves, stream
+
+    save, following = saves.Checkpoints.save, stream.Ahead.__next__
+
+    def slow_save(self, step: int, *rest: object) -> None:
+        began = time.monotonic()
+        time.sleep(SAVE_S)
+        save(self, step, *rest)
+        print(f"save {step} {began} {time.monotonic()}", flush=True)
+
+    def slow_next(self) -> object:
+        time.sleep(STEP_S)
+        return following(self)
+
+    saves.Checkpoints.save, stream.Ahead.__next__ = slow_save, slow_next
+    return cli.main(words)
+
+
+def logged(file: Path) -> list[dict]:
+    """The lines of one of a run's files."""
+    from surgery_r1_jax import log
+
+    return log.read_metrics(file) if file.is_file() else []
+
+
+def watched(folder: Path, start: int, last: int | None) -> tuple[float, float, list[list[float]]]:
+    """Session number `start` of a run: when it opened its log, when it ended, and step, begin and end of its saves.
+
+    It is killed half a step after step `last`; None lets it come to its end.
+    """
+    out = folder / "run"
+    words = ["sft", "--config", str(folder / "sft.yaml"), "--out", str(out), "--resume", "auto"]
+    process = command(folder, [__file__, "sleeper", *words])
+    opened, ended = None, lambda: last in [row["step"] for row in logged(out / "metrics.jsonl")[-1:]]
+    while process.poll() is None and not (opened and ended()):
+        time.sleep(0.02)
+        if opened is None and len(logged(out / "sessions.jsonl")) > start:
+            opened = time.monotonic()
+    if last:
+        time.sleep(STEP_S / 2)
+        process.kill()
+    printed, told = process.communicate()
+    now = time.monotonic()
+    assert opened and process.returncode == (-signal.SIGKILL if last else 0), told[-2000:]
+    saved = [[float(word) for word in line.split()[1:]] for line in printed.splitlines() if line.startswith("save ")]
+    return opened, now, saved
+
+
+def prove_lost(folder: Path, kills: int) -> int:
+    """Kill a run; how many figures of its lost time are wrong."""
+    steps = SAVE_EVERY * max(kills, 1)
+    prepare(folder, workers=0, steps=steps, eval_every=0, save_every=SAVE_EVERY, log_every=1)
+    at_work = lost = down = saving = began = killed = 0.0
+    for start in range(kills + 1):
+        # The first time before there is a checkpoint, then sooner or later after another one.
+        last = SAVE_EVERY * start + SAVE_EVERY * (2 + start % 3) // 5 if start < kills else None
+        opened, ended, saved = watched(folder, start, last)
+        whole = saved[-1][2] if saved else opened
+        at_work += whole - opened
+        lost += ended - whole if last else 0
+        down += opened - killed if killed else 0
+        saving += sum(end - begin for _, begin, end in saved)
+        began, killed = began or opened, ended
+        what = f"killed after step {last}" if last else f"done with step {steps}"
+        print(f"  start {start + 1}: at work {whole - opened:.1f} s, {what} {ended - whole:.1f} s later", flush=True)
+        time.sleep(PAUSE_S * (1 + start) if last else 0)
+    rows, saves, starts = (logged(folder / "run" / f"{name}.jsonl") for name in ("metrics", "saves", "sessions"))
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, steps + 1))
+    told = {
+        "at work": (saves[-1]["elapsed_s"], at_work),
+        "lost": (sum(row["lost_s"] for row in starts), lost),
+        "down": (sum(row["down_s"] for row in starts), down),
+        "in saves": (sum(row["seconds"] for row in saves), saving),
+    }
+    wrong = [name for name, (ours, seen) in told.items() if abs(ours - seen) > max(0.05 * seen, 1.0)]
+    figures = ", ".join(f"{ours:.1f} s {name} ({seen:.1f})" for name, (ours, seen) in told.items())
+    print(f"lost: {kills} kills; the run tells {figures}{'  FAILED: ' + ', '.join(wrong) if wrong else ''}")
+    return len(wrong)
+
+
 def main() -> int:
     """All of it; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="new folder")
     parser.add_argument("--stops", type=int, default=84, help="signals to send (default: %(default)s)")
     parser.add_argument("--soak", type=float, default=120, help="minutes to train (default: %(default)s)")
+    parser.add_argument("--lost", type=int, default=3, help="kills of one run (default: %(default)s)")
     arguments = parser.parse_args()
     failed = 0
-    for name, prove, much in (("stops", prove_stops, arguments.stops), ("soak", prove_soak, arguments.soak)):
-        if much:
+    for name, prove in (("stops", prove_stops), ("soak", prove_soak), ("lost", prove_lost)):
+        if much := getattr(arguments, name):
             (arguments.work / name).mkdir(parents=True)
             failed += prove(arguments.work / name, much)
     return int(failed > 0)
@@ -174,4 +264,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["victim"]:
         sys.exit(victim(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+    if sys.argv[1:2] == ["sleeper"]:
+        sys.exit(sleeper(sys.argv[2:]))
     sys.exit(main())

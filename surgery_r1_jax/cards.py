@@ -27,13 +27,14 @@ class Stage:
     """One model to report on.
 
     `metrics` are those of `metrics.table`, `predictions` the lines of predictions.jsonl, `curve` those of
-    metrics.jsonl, none for a model that was not trained.
+    metrics.jsonl and `starts` those of sessions.jsonl, none for a model that was not trained.
     """
 
     name: str
     metrics: dict
     predictions: list[dict]
     curve: list[dict] = field(default_factory=list)
+    starts: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What a run says while it works: metrics, sampled completions, a progress bar, optionally TensorBoard.
 
-A run directory receives three files with one JSON object per line:
+A run directory receives four files with one JSON object per line:
 
     metrics.jsonl      step, split, elapsed_s and the numbers of that step under the caller's names
     completions.jsonl  step and one sampled completion with its rewards
+    saves.jsonl        one line per checkpoint: step, elapsed_s once it was whole, seconds that it took
     sessions.jsonl     one line per start: started_unix, step, elapsed_s, lost_s, down_s
 
 A number that is not finite is written as null, so that every line is plain JSON. Each line is handed to the
@@ -11,14 +12,17 @@ system at once: a killed process loses at most the line it was writing. On a res
 step go, and the files read as if the run had never stopped, provided that a step is logged before its checkpoint
 is saved.
 
-Lost time: `elapsed_s` counts the work that is in the run, `lost_s` the work that a resume threw away, `down_s`
-the time between the last line of a session and the start of the next. Together they are the time on the wall.
+Lost time: `elapsed_s` counts the work that is in the run, compiling and saving included; `lost_s` the work that a
+resume threw away, from the checkpoint it went on from to the last line; `down_s` the time from there until the log was
+opened again, starting up included. Together they are the time on the wall since the log was first opened. What a
+killed session did after its last line nobody knows: it counts as down.
 """
 
 import contextlib
 import datetime
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +55,8 @@ LIVE = (
     "grad_norm",
 )  # shown beside the bar, the first few present
 MAX_LIVE = 4
+FILES = ("metrics", "completions", "saves", "sessions")
+UNSAVED = "unsaved"  # metrics of a run that is begun anew, until the next session has counted them as lost
 KEEP_EVERY_S = 30.0  # a bucket gets the log at least so often, if anything is logged
 RATES = {"speed/tokens_per_s": "{:,.0f} tokens/s", "speed/mfu": "MFU {:.0%}"}  # shown behind the pace
 MAX_CELL = 600  # characters of a completion shown in the terminal; the file holds all of it
@@ -126,6 +132,16 @@ class RunLog:
             self._mirror.put()
             self._next_keep_s = time.monotonic() + KEEP_EVERY_S
 
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """While a checkpoint is saved: `keep`, and a line of `saves.jsonl` once it is whole."""
+        self.keep()
+        began = time.monotonic()
+        yield
+        if self.enabled:
+            took = {"elapsed_s": round(self._elapsed_s(), 3), "seconds": round(time.monotonic() - began, 3)}
+            _append(self._saves_file, {"step": step} | took)
+
     def table(self, step: int, rows: Sequence[Mapping[str, Any]], title: str = "completions") -> None:
         """Print sampled completions with their rewards, a dict each, and append them to `completions.jsonl`."""
         if not self.enabled or not rows:
@@ -160,7 +176,7 @@ class RunLog:
         if places.remote(self.directory):
             self._here = stack.enter_context(places.scratch())
             self._mirror = places.Mirror(self._here, self.directory)
-            self._mirror.bring(f"{name}.jsonl" for name in ("metrics", "completions", "sessions"))
+            self._mirror.bring(f"{name}.jsonl" for name in (*FILES, UNSAVED))
             stack.callback(self.keep)
         self._here.mkdir(parents=True, exist_ok=True)
         kept_s, lost_s, down_s = self._mend()
@@ -172,6 +188,7 @@ class RunLog:
             _append(sessions, session | {"down_s": down_s})
         self._metrics_file = stack.enter_context(self._file("metrics"))
         self._completions_file = stack.enter_context(self._file("completions"))
+        self._saves_file = stack.enter_context(self._file("saves"))
         self._writer = None
         if self._writer_class:
             folder = str(self._here / "tensorboard")
@@ -186,19 +203,26 @@ class RunLog:
 
     def _mend(self) -> tuple[float, float, float]:
         """Cut the files of an earlier session back to the resumed step; its seconds kept, lost and down."""
-        path = self._here / "metrics.jsonl"
-        if not path.exists():
+        metrics, completions, saves, sessions = (self._here / f"{name}.jsonl" for name in FILES)
+        unsaved, last_step = self._here / f"{UNSAVED}.jsonl", self.resume_step
+        if last_step is None:
+            if metrics.exists():
+                there = self.directory / metrics.name
+                raise InputError(f"{there}: this run exists already; add --resume, or choose another --out")
+            if unsaved.exists():
+                os.replace(unsaved, metrics)
+            last_step = -1
+        lines, saved = _truncate(metrics, last_step), _truncate(saves, last_step)
+        _truncate(completions, last_step)
+        started, _ = _truncate(sessions, math.inf)
+        if not started or not metrics.exists():
             return 0.0, 0.0, 0.0
-        if self.resume_step is None:
-            there = self.directory / path.name
-            raise InputError(f"{there}: this run exists already; add --resume, or choose another --out")
-        last_sign_of_life = path.stat().st_mtime
-        kept, dropped = _truncate(path, self.resume_step)
-        _truncate(self._here / "completions.jsonl", self.resume_step)
-        _truncate(self._here / "sessions.jsonl", math.inf)
-        kept_s = kept[-1]["elapsed_s"] if kept else 0.0
-        lost_s = dropped[-1]["elapsed_s"] - kept_s if dropped else 0.0
-        return kept_s, max(0.0, lost_s), max(0.0, time.time() - last_sign_of_life)
+        kept_s, dropped_s = (
+            max((row["elapsed_s"] for row in rows), default=0.0) for rows in map(operator.add, lines, saved)
+        )
+        reached_s = max(kept_s, dropped_s)
+        last_sign_of_life = started[-1]["started_unix"] + reached_s - started[-1]["elapsed_s"]
+        return kept_s, reached_s - kept_s, max(0.0, time.time() - last_sign_of_life)
 
     def _file(self, name: str) -> BinaryIO:
         """One of the run's files, open at its end."""
@@ -267,6 +291,14 @@ def byte_bar(description: str, enabled: bool = True) -> Iterator[Callable[[str, 
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def put_away(directory: Path) -> None:
+    """Clear the log of a run that was killed before its first checkpoint; what it did will count as lost."""
+    if (metrics := directory / "metrics.jsonl").exists():
+        (directory / f"{UNSAVED}.jsonl").write_bytes(metrics.read_bytes())
+        metrics.unlink()
+    (directory / "completions.jsonl").unlink(missing_ok=True)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

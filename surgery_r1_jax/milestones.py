@@ -142,8 +142,7 @@ class Milestones:
             raise errors.Preempted(f"stopped after step {step} of {self._plan.steps}, saved; go on with --resume")
 
     def _save(self, step: int, state: optim.TrainState) -> None:
-        with self._clock.lap("checkpoint"):
-            self._journal.keep()
+        with self._clock.lap("checkpoint"), self._journal.saving(step):
             self._saved.save(step, state, self._about)
 
     def _evaluate(self, step: int, params: dict) -> bool:

@@ -77,6 +77,7 @@ def write(
         tables=_tables(stages, floors),
         curves=[charts.panels(stage.curve) for stage in stages],
         speed=[(charts.time_split(stage.curve), charts.panels(stage.curve, charts.SPEED)) for stage in stages],
+        restarts=[_restarts(stage) for stage in stages],
         histograms=[charts.histogram(stage.name, stage.predictions) for stage in stages],
         confusion=_confusion(stages[-1]),
         failures=failures,
@@ -93,10 +94,10 @@ def run(run_dirs: Sequence[Path], out: Path, *, data: Path | None = None) -> int
     """The page about some evaluated runs, in their order; returns the exit status.
 
     A run is given by the FILE.json that `evaluate` wrote, with FILE.predictions.jsonl beside it, or by a folder with
-    metrics.json and predictions.jsonl; metrics.jsonl in the same folder is its learning curve, if it was trained. Of
-    the summary "floors", "facts", "notes", "classes", "split", "boxes" and "data" are taken, the last being the data
-    set's folder where none is given here. Without data the page has no pictures. Scores are counted afresh from the
-    predictions.
+    metrics.json and predictions.jsonl; metrics.jsonl in the same folder is its learning curve, if it was trained, and
+    sessions.jsonl tells of its starts. Of the summary "floors", "facts", "notes", "classes", "split", "boxes" and
+    "data" are taken, the last being the data set's folder where none is given here. Without data the page has no
+    pictures. Scores are counted afresh from the predictions.
     """
     stages, floors, facts, notes, boxes = [], {}, {}, {}, None
     for each in map(_evaluated, map(places.place, run_dirs)):
@@ -126,15 +127,15 @@ class Evaluated(NamedTuple):
     name: str
     summary: Path
     predictions: Path
-    curve: Path
+    folder: Path  # that of the run
 
 
 def _evaluated(given: Path) -> Evaluated:
     """A run given by its folder or by its evaluation's file."""
     if given.suffix == ".json":
         folder = places.absolute(given).parent
-        return Evaluated(folder.name, given, given.with_suffix(".predictions.jsonl"), folder / "metrics.jsonl")
-    return Evaluated(given.name, given / "metrics.json", given / "predictions.jsonl", given / "metrics.jsonl")
+        return Evaluated(folder.name, given, given.with_suffix(".predictions.jsonl"), folder)
+    return Evaluated(given.name, given / "metrics.json", given / "predictions.jsonl", given)
 
 
 def _stage(run: Evaluated, classes: Sequence[str]) -> Stage:
@@ -143,7 +144,8 @@ def _stage(run: Evaluated, classes: Sequence[str]) -> Stage:
     predictions = _lines(run.predictions)
     for row, iou in zip(predictions, outcomes.iou.tolist(), strict=True):
         row["iou"] = iou
-    return Stage(run.name, metrics.table(outcomes), predictions, _lines(run.curve) if run.curve.exists() else [])
+    logs = (run.folder / name for name in ("metrics.jsonl", "sessions.jsonl"))
+    return Stage(run.name, metrics.table(outcomes), predictions, *(_lines(log) if log.exists() else [] for log in logs))
 
 
 def _lines(file: Path) -> list[dict]:
@@ -174,6 +176,25 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+def _restarts(stage: Stage) -> str | None:
+    """What became of the time of a run that was started more than once, in words."""
+    if len(stage.starts) < 2:
+        return None
+
+    def seconds(rows: list[dict], key: str) -> list[float]:
+        return [charts.finite(row.get(key)) or 0.0 for row in rows]
+
+    work = _duration(max(seconds(stage.curve, "elapsed_s"), default=0.0))
+    lost, down = (_duration(sum(seconds(stage.starts, key))) for key in ("lost_s", "down_s"))
+    return f"{len(stage.starts)} starts: {work} in the run, {lost} lost by going back to checkpoints, {down} down."
+
+
+def _duration(seconds: float) -> str:
+    """In the unit in which it is easily read."""
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.{int(size > 1)}f} {unit}"
 
 
 def _shares(stage: Stage) -> dict:

@@ -97,12 +97,11 @@ def prepare(
 def take_up(out: Path) -> int | None:
     """The step of a run's last checkpoint, to go on from; None where the run is to be begun.
 
-    Of a run that was killed before its first save the log goes: it is begun anew. All processes ask, and agree.
+    The log of a run that was killed before its first save is put away: it is begun anew. All processes ask, and agree.
     """
     step = saves.last_step(out)
     if step is None and jax.process_index() == 0:
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            (out / name).unlink(missing_ok=True)
+        log.put_away(out)
     multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
     return step
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -94,26 +95,69 @@ def test_a_log_is_never_overwritten_by_a_new_run(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_work_lost_and_down_time_add_up_to_the_time_on_the_wall(tmp_path, monkeypatch):
-    start = now = 1_700_000_000.0
-    monkeypatch.setattr(log.time, "time", lambda: now)
-    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds on the wall, to be moved on by hand."""
+    clock = types.SimpleNamespace(now=1_700_000_000.0)
+    for name in ("time", "monotonic"):
+        monkeypatch.setattr(log.time, name, lambda: clock.now)
+    return clock
+
+
+def work(directory, clock, first, last, *, resume_step=None, save_every=99):
+    """A session that compiles for 40 s, takes 10 s a step and 5 s a save, and 3 s more before it is killed."""
+    with log.RunLog(directory, total_steps=9, resume_step=resume_step, console=screen()) as run_log:
+        clock.now += 40
+        for step in range(first, last + 1):
+            clock.now += 10
+            run_log.metrics(step, {"loss": 1.0})
+            if step % save_every == 0:
+                with run_log.saving(step):
+                    clock.now += 5
+    clock.now += 3
+
+
+def told(directory):
+    """Seconds in the run, lost and down, of each session."""
+    rows = log.read_metrics(directory / "sessions.jsonl")
+    return [(row["elapsed_s"], row["lost_s"], row["down_s"]) for row in rows]
+
+
+def test_work_lost_and_down_time_add_up_to_the_time_on_the_wall(tmp_path, clock):
+    start = clock.now
     # first step, last step, resumed step, seconds before the session
     for first, last, resume_step, down_s in [(1, 5, None, 0), (3, 6, 2, 200), (7, 9, 6, 70), (5, 5, 4, 1)]:
-        now += down_s
-        with log.RunLog(tmp_path, total_steps=9, resume_step=resume_step, console=screen()) as run_log:
-            now += 40  # compilation
-            for step in range(first, last + 1):
-                now += 10
-                run_log.metrics(step, {"loss": 1.0})
-        os.utime(tmp_path / "metrics.jsonl", (now, now))
+        clock.now += down_s
+        work(tmp_path, clock, first, last, resume_step=resume_step, save_every=2)
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))  # a copy of a run tells no times of files
     sessions = log.read_metrics(tmp_path / "sessions.jsonl")
     assert [row["step"] for row in sessions] == [0, 2, 6, 4]
-    assert [row["elapsed_s"] for row in sessions] == [0, 60, 140, 120]
-    assert [row["lost_s"] for row in sessions] == [0, 30, 0, 90]
-    assert [row["down_s"] for row in sessions] == [0, 200, 70, 1]
-    work = log.read_metrics(tmp_path / "metrics.jsonl")[-1]["elapsed_s"]
-    assert work + sum(row["lost_s"] + row["down_s"] for row in sessions) == now - start
+    assert [row["elapsed_s"] for row in sessions] == [0, 65, 155, 130]  # the save that is gone on from is not lost
+    assert [row["lost_s"] for row in sessions] == [0, 35, 0, 100]
+    assert [row["down_s"] for row in sessions] == [0, 203, 73, 4]
+    saves = log.read_metrics(tmp_path / "saves.jsonl")
+    assert [tuple(row.values()) for row in saves] == [(2, 65, 5), (4, 130, 5)]
+    in_run = log.read_metrics(tmp_path / "metrics.jsonl")[-1]["elapsed_s"]
+    assert in_run + sum(row["lost_s"] + row["down_s"] for row in sessions) == clock.now - start - 3
+
+
+def test_a_session_that_logs_nothing_is_down_time(tmp_path, clock):
+    work(tmp_path, clock, 1, 3, save_every=2)
+    for _ in range(2):
+        work(tmp_path, clock, 1, 0, resume_step=2)  # killed while it compiles
+    assert told(tmp_path) == [(0, 0, 0), (65, 10, 3), (65, 0, 43)]
+
+
+def test_what_was_done_before_a_first_checkpoint_is_lost_when_a_run_is_begun_anew(tmp_path, clock):
+    work(tmp_path, clock, 1, 3)
+    for _ in range(2):  # the first restart is killed before it opens the log
+        clock.now += 30
+        log.put_away(tmp_path)
+    work(tmp_path, clock, 1, 9)
+    assert told(tmp_path) == [(0, 0, 0), (0, 70, 63)]
+    assert [row["step"] for row in log.read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    assert not (tmp_path / "unsaved.jsonl").exists()
 
 
 def test_a_killed_process_loses_at_most_the_line_it_was_writing(tmp_path):

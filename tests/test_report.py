@@ -427,7 +427,8 @@ def folders(tmp_path, stages):
     for one in stages:
         folder = tmp_path / one.name
         folder.mkdir()
-        for name, rows in (("predictions.jsonl", one.predictions), ("metrics.jsonl", one.curve)):
+        files = {"predictions.jsonl": one.predictions, "metrics.jsonl": one.curve, "sessions.jsonl": one.starts}
+        for name, rows in files.items():
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         known = {
             "floors": FLOORS,
@@ -493,6 +494,30 @@ def test_the_page_says_where_the_time_went_and_how_much_was_done(tmp_path):
     for label in ("Tokens/s", "Completions/s", "MFU", "Padding of branches", "Device memory, GiB"):
         assert label in text
     assert text.count("Completions/s") == 1  # SFT draws none
+
+
+def starts(*lost_and_down):
+    """The lines of sessions.jsonl of a run that was begun, and started anew after so much lost and down time."""
+    return [{"step": 0, "lost_s": lost, "down_s": down} for lost, down in [(0.0, 0.0), *lost_and_down]]
+
+
+def test_the_page_says_what_restarts_cost(tmp_path):
+    stages = run_of_three()
+    told = [
+        ("SFT", starts((70.5, 200.0), (7.5, 40.0)), "3 starts: 12.0 min in the run, 78 s lost", "4.0 min down."),
+        ("GRPO", starts((9000.0, None)), "2 starts: 8.0 min in the run, 2.5 h lost", "0 s down."),
+    ]
+    for stage, (name, lines, *_) in zip(stages[1:], told, strict=True):
+        assert stage.name == name
+        stage.starts[:] = lines
+    report.run(folders(tmp_path, stages), tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text("utf-8")
+    parts = html[html.index('id="speed"') : html.index('id="places"')].split("<h3>")[1:]
+    for part, (name, _, begin, end) in zip(parts, told, strict=True):
+        assert part.startswith(name) and f"<p>{begin} by going back to checkpoints, {end}</p>" in part
+    for stage in stages:
+        stage.starts[1:] = []
+    assert " starts: " not in page(tmp_path, stages)
 
 
 def test_a_run_that_tells_no_times_has_no_part_about_speed(tmp_path):
