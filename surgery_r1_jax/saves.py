@@ -65,6 +65,7 @@ class Checkpoints:
         before = [other for other in self._manager.all_steps() if other < step]
         with _reading(folder, f"remove it to go on from step {max(before)}" if before else "start a new run"):
             meta = _meta(folder)
+            _match(folder / "state", abstract._asdict())
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()))
             state = self._manager.restore(step, args=wanted)["state"]
             _compare(state, meta["sums"])
@@ -151,7 +152,11 @@ def _pick(folder: Path, wanted: dict) -> dict:
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes(wanted))) as checkpointer:
-        found = checkpointer.restore(places.absolute(folder), args=how)
+        try:
+            found = checkpointer.restore(places.absolute(folder), args=how)
+        except ValueError:
+            _match(folder, wanted, part=True)  # tells which array it is
+            raise
     for path, leaf in sums.named(found).items():
         if not isinstance(leaf, jax.Array):
             raise ValueError(f"parameter {path} is missing")
@@ -200,6 +205,23 @@ def _meta(folder: Path, *, older: bool = False) -> dict[str, Any] | None:
 
 def _digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _match(folder: Path, wanted: dict, *, part: bool = False) -> None:
+    """Raises: ValueError for an array that was not saved as it is wanted, by what Orbax keeps about it.
+
+    As a `part`, more may have been saved, and in other dtypes.
+    """
+    there, wanted = sums.named(ocp.PyTreeCheckpointHandler().metadata(places.absolute(folder)).tree), sums.named(wanted)
+    for path in wanted if part else wanted | there:
+        if path not in there:
+            raise ValueError(f"{path} is missing")
+        if path not in wanted:
+            raise ValueError(f"{path} is not of this run")
+        saved, leaf = there[path], wanted[path]
+        if saved.shape != leaf.shape or (not part and saved.dtype != leaf.dtype):
+            told = (f"{each.dtype}{list(each.shape)}" for each in (saved, leaf))
+            raise ValueError("{} was saved as {}, not {}".format(path, *told))
 
 
 def _compare(found: dict, saved: sums.Sums) -> None:

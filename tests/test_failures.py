@@ -141,6 +141,47 @@ def test_a_checkpoint_of_each_format_that_was_released_is_read_or_named(tmp_path
     assert sorted(path.name for path in (kept / "checkpoints").iterdir()) == ["2"], "a refusal removes nothing"
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tree: {"a": tree["a"]}, "b is missing"),
+        (lambda tree: tree | {"c": tree["b"]}, "c is not of this run"),
+        (lambda tree: {"a": tree["a"], "c": tree["b"]}, "b is missing"),
+        (lambda tree: tree | {"b": tree["b"].reshape(3, 100)}, "b was saved as float32[3, 100], not float32[300]"),
+        (lambda tree: tree | {"b": tree["b"].astype("float16")}, "b was saved as float16[300], not float32[300]"),
+    ],
+    ids=["dropped", "added", "renamed", "reshaped", "retyped"],
+)
+def test_a_checkpoint_of_other_leaves_than_the_runs_is_refused_by_the_name_of_one(tmp_path, change, told):
+    state = faults.state_of(2)
+    moments, rest = state.opt_state
+    spoilt = {
+        "params": state._replace(params=change(state.params)),
+        "opt_state.0.mu": state._replace(opt_state=(moments._replace(mu=change(moments.mu)), rest)),  # all zeros
+    }
+    for where, each in spoilt.items():
+        checkpoints = saves.Checkpoints(tmp_path / where)
+        checkpoints.save(2, jax.tree.map(jax.numpy.asarray, each), {})
+        checkpoints.close()
+        with pytest.raises(errors.InputError) as refusal:
+            faults.restore(tmp_path / where)
+        line = f"{tmp_path / where}/checkpoints/2: {where}.{told}; restore it, or start a new run"
+        assert str(refusal.value) == line
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_parameters_of_another_shape_are_refused_by_name(tmp_path, which):
+    state = jax.tree.map(jax.numpy.asarray, faults.state_of(2))
+    faults.save(tmp_path, 2)
+    best = saves.Best(tmp_path)
+    best.save(2, state.params, 0.5)
+    best.close()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {"b": jax.ShapeDtypeStruct((3, 100), "float32", sharding=here)}
+    with pytest.raises(errors.InputError, match=r"\bb was saved as float32\[300\], not float32\[3, 100\]; restore it"):
+        saves.params(tmp_path, which, wanted)
+
+
 def test_best_parameters_that_changed_are_not_used(tmp_path):
     params = {"a": jax.numpy.arange(4096.0)}
     best = saves.Best(tmp_path)
