@@ -4,8 +4,11 @@
     hosts   two processes train a tiny model by the command line; one of them is killed, or stopped, at a named place;
             the other has to end within a minute with one line, and both, started again with --resume auto, have to
             arrive at the checkpoint and the log of a run that was never disturbed, bit for bit
-    kills   a save is killed at every so-many-th call that changes something on disk
-    full    a save meets a full disk, or another error, from some such call on
+    commits the same, but one of the two meets a full disk, or another error, from some call of a save on; both have to
+            end within that time, with one line each, and no step may look whole but those before it
+    kills   a save is killed at every so-many-th call that changes something on disk; every third time one of the best
+            parameters, else a checkpoint
+    full    a save meets a full disk, or another error, from some such call on; as many of both
     bits    one bit of a checkpoint is turned, or a file of it cut or removed
 
 Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux and a C compiler.
@@ -161,39 +164,50 @@ def await_signal(pid: int) -> float:
         time.sleep(0.02)
 
 
-def struck_saves(work: Path, fault: str, points: list[float], good) -> tuple[int, int]:
+def struck_saves(work: Path, what: str, fault: str, points: list[float], good) -> tuple[int, int]:
     """How many saves were struck, and how many of them were not as they should."""
-    folder = work / fault
+    folder = work / f"{what}_{fault}"
     folder.mkdir()
-    environ = os.environ | {"LD_PRELOAD": str(work / "faults.so"), "PYTHONPATH": str(HOME), "JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, str(HOME / "tests" / "faults.py"), str(folder), fault, *map(str, points)]
+    environ = os.environ | {"LD_PRELOAD": str(shim(work)), "PYTHONPATH": str(HOME), "JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, str(HOME / "tests" / "faults.py"), str(folder), what, fault, *map(str, points)]
     done = subprocess.run(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     struck = [line for line in lines if line["ended"] != 0]  # the number of calls differs a little from save to save
-    wrong = [line for line in struck if not good(line)]
+    before = {"checkpoints": [1, 2], "best": [2]}[what]
+
+    def well(line: dict) -> bool:
+        steps = {2: [before], 3: [[*before, 3], [*before, 3][1:]]}.get(line.get("step"), [])
+        return line.get("whole") and line["goes_on"] and line["left"] == [] and line["steps"] in steps
+
+    wrong = [line for line in struck if not (well(line) and good(line))]
     wrong += [line for line in lines if line["ended"] == 0 and line.get("step") != 3]
     for line in wrong:
         print(f"  FAILED: {line}")
     return len(struck), len(wrong)
 
 
+def shim(work: Path) -> Path:
+    """The library that puts faults before system calls."""
+    library = work / "faults.so"
+    if not library.exists():
+        words = [shutil.which("cc") or "gcc", "-shared", "-fPIC", "-O1", "-o", str(library)]
+        subprocess.run([*words, str(HOME / "tests" / "faults.c"), "-ldl"], check=True)
+    return library
+
+
 def prove_saves(work: Path, kills: int) -> int:
     """Kill saves and let them fail; how often not all was well afterwards."""
-    shim = [shutil.which("cc") or "gcc", "-shared", "-fPIC", "-O1", "-o", str(work / "faults.so")]
-    subprocess.run([*shim, str(HOME / "tests" / "faults.c"), "-ldl"], check=True)
-
-    def whole(line: dict) -> bool:
-        return line.get("whole") and line["goes_on"] and line["left"] == [] and line["step"] in (2, 3)
-
-    points = [n / max(1, kills - 1) for n in range(kills)]
-    tried, failed = struck_saves(work, "kill", points, lambda line: line["ended"] == -9 and whole(line))
-    print(f"kills: {tried} of a save's calls, {failed} failed")
-    for error in ERRORS:
-        told = lambda line: line["ended"] == 1 and "not saved: " in line["told"] and "\n" not in line["told"]  # noqa: E731
-        few = [n / 10 for n in range(10)]
-        more, wrong = struck_saves(work, error, few, lambda line, told=told: told(line) and whole(line))
-        print(f"full: {error} from {more} calls on, {wrong} failed")
+    failed = 0
+    for what, count in (("checkpoints", kills - kills // 3), ("best", kills // 3)):
+        points = [n / max(1, count - 1) for n in range(count)]
+        tried, wrong = struck_saves(work, what, "kill", points, lambda line: line["ended"] == -9)
+        print(f"kills: {what}, {tried} of a save's calls, {wrong} failed")
         failed += wrong
+        for error in ERRORS:
+            told = lambda line: line["ended"] == 1 and "not saved: " in line["told"] and "\n" not in line["told"]  # noqa: E731
+            tried, wrong = struck_saves(work, what, error, [n / 10 for n in range(10)], told)
+            print(f"full: {what}, {error} from {tried} calls on, {wrong} failed")
+            failed += wrong
     return failed
 
 

@@ -280,6 +280,7 @@ def _manager(folder: Path, keep: int, best_fn=None, item_handlers=None) -> ocp.C
         cleanup_tmp_directories=True,  # what killed saves left
         enable_async_checkpointing=False,
         best_fn=best_fn,
+        keep_checkpoints_without_metrics=False,  # what is left of a best one whose removal was killed
     )
     return _Manager(places.absolute(folder), options=options, item_handlers=item_handlers)
 

@@ -31,34 +31,44 @@ def shim(tmp_path_factory):
     return library
 
 
-def strike(shim, folder, fault, *points):
+def strike(shim, folder, what, fault, *points):
     """What faults.py tells of saves that are struck at these points."""
     environ = os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     environ["XLA_FLAGS"] = ""  # one device
-    words = [sys.executable, str(TESTS / "faults.py"), str(folder), fault, *map(str, points)]
+    words = [sys.executable, str(TESTS / "faults.py"), str(folder), what, fault, *map(str, points)]
     done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_save_that_is_killed_at_any_call_leaves_a_whole_checkpoint_to_go_on_from(shim, tmp_path):
-    told = strike(shim, tmp_path, "kill", 0, 0.3, 0.6, 0.9)
+WHOLE = {"checkpoints": [1, 2], "best": [2]}  # before the save that is struck
+
+
+@pytest.mark.parametrize(
+    ("what", "points"), [("checkpoints", (0, 0.3, 0.6, 0.9)), ("best", (0, 0.6, 0.98))], ids=["checkpoints", "best"]
+)
+def test_a_save_that_is_killed_at_any_call_leaves_a_whole_one_to_go_on_from(shim, tmp_path, what, points):
+    told = strike(shim, tmp_path, what, "kill", *points)
     ended = [line["ended"] for line in told]
     # The number of calls differs a little from save to save, and their order: the last may not have come.
     assert ended[:2] == [-signal.SIGKILL] * 2 and set(ended) <= {-signal.SIGKILL, 0}, told
     for line in told:
-        assert line["step"] in (2, 3) and line["whole"] and line["goes_on"] and line["left"] == [], line
+        assert line["whole"] and line["goes_on"] and line["left"] == [], line
+        before, after = WHOLE[what], [*WHOLE[what], 3]
+        assert line["steps"] in ([before] if line["step"] == 2 else [after, after[1:]]), line
         assert line["step"] == 3 or line["ended"] != 0, line
     assert told[0]["step"] == 2, told
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(shim, tmp_path):
-    told = strike(shim, tmp_path, "ENOSPC", 0.1, 0.5)
+@pytest.mark.parametrize("what", ["checkpoints", "best"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_saved_before(shim, tmp_path, what):
+    told = strike(shim, tmp_path, what, "ENOSPC", 0.1, 0.5)
     for line in told:
         assert line["ended"] == errors.StorageError.exit_status, line
-        expected = f"{tmp_path}/struck/checkpoints/3: not saved: No space left on device; step 2 is whole. Make room"
+        expected = f"{tmp_path}/struck/{what}/3: not saved: No space left on device; step 2 is whole. Make room"
         assert line["told"].startswith(expected) and "\n" not in line["told"], line
-        assert (line["step"], line["whole"], line["goes_on"], line["left"]) == (2, True, True, []), line
+        assert (line["steps"], line["step"], line["whole"]) == (WHOLE[what], 2, True), line
+        assert line["goes_on"] and line["left"] == [], line
 
 
 @pytest.fixture(scope="module")
