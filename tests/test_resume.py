@@ -21,6 +21,7 @@ from toy import few_devices, quick_compile  # noqa: F401
 
 from surgery_r1_jax import (
     checkpoint,
+    config,
     errors,
     evaluate,
     grpo,
@@ -341,3 +342,23 @@ def test_a_checkpoint_restores_onto_another_mesh_with_equal_bytes(place, tmp_pat
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
     loaded = checkpoint.load_model(tmp_path, mesh, which="last")
     assert sums.digest(loaded.params) == sums.digest(state.params)
+
+
+# Written on two CPU devices, and stays as it is; the logs are left out. tests/toy.py made the start and the data:
+#     sizes = tiny.Sizes(hidden=4, layers=1, heads=1, kv_heads=1, mlp=8, tower_width=4, tower_depth=1, tower_heads=1,
+#                        tower_mlp=8, fullatt=(0,), size=(56, 56), mrope_section=(0, 1, 1), tie=True)
+#     toy.write_data(Path("data"), frames=4)
+#     toy.write_model(Path("start"), sizes=sizes)
+# and its config.yaml the run: surgery-r1 sft --config config.yaml --out run_format_2
+def test_a_run_folder_of_each_format_that_was_released_is_read_and_gone_on_from(tmp_path):
+    out = shutil.copytree(Path(__file__).parent / f"run_format_{saves.FORMAT}", tmp_path / "run")
+    best, last = (sums.digest(checkpoint.load_model(out, which=which).params)[:16] for which in ("best", "last"))
+    assert (best, last) == ("2892dd506633f269", "f1871949602ae67b")
+    settings = config.load(options.SFT, out / "config.yaml")
+    changes = dict(model=str(out), compute=settings.compute.model_copy(update={"mesh": (1, 1, 1)}))
+    setup = run.prepare(out, settings.model_copy(update=changes), resume=True)
+    tx = optim.transformation(settings.optimizer, settings.schedule.steps, setup.params)
+    meta = json.loads((out / "checkpoints" / "3" / "meta" / "metadata").read_text())
+    _, reached = run.begin(out, setup, tx, meta["data"], resume=True)
+    assert reached.step == int(reached.state.step) == 3
+    assert sums.digest(reached.state._asdict())[:16] == "a70b5c580a16c9d7"
