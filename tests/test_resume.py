@@ -362,3 +362,39 @@ def test_a_run_folder_of_each_format_that_was_released_is_read_and_gone_on_from(
     _, reached = run.begin(out, setup, tx, meta["data"], resume=True)
     assert reached.step == int(reached.state.step) == 3
     assert sums.digest(reached.state._asdict())[:16] == "a70b5c580a16c9d7"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """A run on eight devices with a checkpoint half way, its settings, and its batches."""
+    settings = sft_settings(
+        place,
+        data=options.Data(root=str(place / "data"), frames=8, questions=2),
+        schedule=options.Schedule(steps=4, save_every=2, log_every=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        batches = watch_batches(patch)
+        sft.train(settings, place / "undisturbed")
+    return place / "undisturbed", settings, batches
+
+
+def watch_batches(patch):
+    """The batches of a run that begins after this, as they are put on devices; nothing is evaluated."""
+    put_batch, seen = sharding.put_batch, []
+    patch.setattr(sharding, "put_batch", lambda batch, mesh: (seen.append(batch), put_batch(batch, mesh))[1])
+    patch.setattr(run.Dev, "score", lambda *_: {})
+    return seen
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 4, 2), (1, 8, 1)], ids=lambda mesh: "x".join(map(str, mesh)))
+def test_a_run_goes_on_on_another_mesh_with_the_same_batches_and_loss(undisturbed, tmp_path, monkeypatch, mesh):
+    source, settings, batches = undisturbed
+    out = shutil.copytree(source, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "4")
+    seen = watch_batches(monkeypatch)
+    # That the state is the saved one bit for bit is seen to by its sums.
+    sft.train(settings.model_copy(update={"compute": options.Compute(mesh=mesh)}), out, resume=True)
+    for ours, theirs in zip(seen[:2], batches[2:4], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    ours, theirs = ({row["step"]: row["loss"] for row in toy.logged(folder)} for folder in (out, source))
+    assert len(theirs) == 4 and ours == pytest.approx(theirs, rel=1e-6)
