@@ -197,7 +197,10 @@ def _meta(folder: Path, *, older: bool = False) -> dict[str, Any] | None:
     if (found := meta.get("format")) != FORMAT:
         if older:
             return None
-        raise errors.InputError(f"{folder}: checkpoint format {found}, this version reads {FORMAT}")
+        raise errors.InputError(
+            f"{folder}: checkpoint format {found}, this version reads {FORMAT}; go on with the version that wrote it, "
+            "or start a new run from what that version exports"
+        )
     if meta.pop("digest", None) != _digest(meta):
         raise ValueError("meta is not what was saved")
     return meta

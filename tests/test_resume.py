@@ -22,6 +22,7 @@ from toy import few_devices, quick_compile  # noqa: F401
 from surgery_r1_jax import (
     checkpoint,
     cli,
+    config,
     errors,
     evaluate,
     grpo,
@@ -373,3 +374,59 @@ def test_a_checkpoint_restores_onto_another_mesh_with_equal_bytes(place, tmp_pat
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
     loaded = checkpoint.load_model(tmp_path, mesh, which="last")
     assert sums.digest(loaded.params) == sums.digest(state.params)
+
+
+# Written on two CPU devices, and stays as it is; the logs are left out. tests/toy.py made the start and the data:
+#     sizes = tiny.Sizes(hidden=4, layers=1, heads=1, kv_heads=1, mlp=8, tower_width=4, tower_depth=1, tower_heads=1,
+#                        tower_mlp=8, fullatt=(0,), size=(56, 56), mrope_section=(0, 1, 1), tie=True)
+#     toy.write_data(Path("data"), frames=4)
+#     toy.write_model(Path("start"), sizes=sizes)
+# and its config.yaml the run: surgery-r1 sft --config config.yaml --out run_format_2
+def test_a_run_folder_of_each_format_that_was_released_is_read_and_gone_on_from(tmp_path):
+    out = shutil.copytree(Path(__file__).parent / f"run_format_{saves.FORMAT}", tmp_path / "run")
+    best, last = (sums.digest(checkpoint.load_model(out, which=which).params)[:16] for which in ("best", "last"))
+    assert (best, last) == ("2892dd506633f269", "f1871949602ae67b")
+    settings = config.load(options.SFT, out / "config.yaml")
+    changes = dict(model=str(out), compute=settings.compute.model_copy(update={"mesh": (1, 1, 1)}))
+    setup = run.prepare(out, settings.model_copy(update=changes), resume=True)
+    tx = optim.transformation(settings.optimizer, settings.schedule.steps, setup.params)
+    meta = json.loads((out / "checkpoints" / "3" / "meta" / "metadata").read_text())
+    _, reached = run.begin(out, setup, tx, meta["data"], resume=True)
+    assert reached.step == int(reached.state.step) == 3
+    assert sums.digest(reached.state._asdict())[:16] == "a70b5c580a16c9d7"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """A run on eight devices with a checkpoint half way, its settings, and its batches."""
+    settings = sft_settings(
+        place,
+        data=options.Data(root=str(place / "data"), frames=8, questions=2),
+        schedule=options.Schedule(steps=4, save_every=2, log_every=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        batches = watch_batches(patch)
+        sft.train(settings, place / "undisturbed")
+    return place / "undisturbed", settings, batches
+
+
+def watch_batches(patch):
+    """The batches of a run that begins after this, as they are put on devices; nothing is evaluated."""
+    put_batch, seen = sharding.put_batch, []
+    patch.setattr(sharding, "put_batch", lambda batch, mesh: (seen.append(batch), put_batch(batch, mesh))[1])
+    patch.setattr(run.Dev, "score", lambda *_: {})
+    return seen
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 4, 2), (1, 8, 1)], ids=lambda mesh: "x".join(map(str, mesh)))
+def test_a_run_goes_on_on_another_mesh_with_the_same_batches_and_loss(undisturbed, tmp_path, monkeypatch, mesh):
+    source, settings, batches = undisturbed
+    out = shutil.copytree(source, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "4")
+    seen = watch_batches(monkeypatch)
+    # That the state is the saved one bit for bit is seen to by its sums.
+    sft.train(settings.model_copy(update={"compute": options.Compute(mesh=mesh)}), out, resume=True)
+    for ours, theirs in zip(seen[:2], batches[2:4], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    ours, theirs = ({row["step"]: row["loss"] for row in toy.logged(folder)} for folder in (out, source))
+    assert len(theirs) == 4 and ours == pytest.approx(theirs, rel=1e-6)
