@@ -18,6 +18,8 @@ Each prints what was tried and what of it failed; the exit status is 1 if anythi
 
 import argparse
 import contextlib
+import ctypes
+import errno
 import itertools
 import json
 import logging
@@ -40,7 +42,10 @@ ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EACCES")
 
 
 def host(place: str, call: int, number: int, words: list[str]) -> int:
-    """The command line, with a signal to this whole host at call number `call` of a place."""
+    """The command line, with a signal to this whole host at call number `call` of a place.
+
+    At "disk" the number is that of an error, which all calls of the second save have from number `call` on.
+    """
     from surgery_r1_jax import cli, hosts
 
     join, calls = hosts.join, itertools.count(1)
@@ -49,12 +54,19 @@ def host(place: str, call: int, number: int, words: list[str]) -> int:
         for process in (os.getppid(), os.getpid()):  # the one that watches first
             os.kill(process, number)
 
+    def fill() -> None:
+        out = Path(words[words.index("--out") + 1])
+        ctypes.CDLL(None).faults_arm(str(out / "checkpoints").encode(), ctypes.c_long(call), ctypes.c_int(number))
+        (out / "struck").touch()
+
     def join_armed(*arguments) -> None:
         join(*arguments)
         import faults
 
         if place in faults.PLACES:
             faults.arm(place, call, strike)
+        elif place == "disk":
+            faults.arm("save", 2, fill)
         elif place == "commit":  # in the middle of a save
             ours = lambda given: any("checkpoints/" in str(path) for path in given)  # noqa: E731
             counted = lambda event, given: event in ("os.rename", "os.mkdir", "open") and ours(given[:2])  # noqa: E731
@@ -70,7 +82,9 @@ class Pair:
     def __init__(self, folder: Path, out: Path, fault: tuple[int, str, int, int] | None = None):
         import toy
 
-        port = toy.free_port()
+        port, environ = toy.free_port(), toy.environ(folder)
+        if fault and fault[1] == "disk":
+            environ["LD_PRELOAD"] = str(shim(folder))
         self.errors, self.processes = [folder / f"errors{i}" for i in range(2)], []
         for i, errors in enumerate(self.errors):
             victim, place, call, number = fault or (-1, "-", 0, 0)
@@ -79,7 +93,7 @@ class Pair:
             words += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
             with errors.open("w") as file, open(os.devnull, "w") as nothing:
                 program = [sys.executable, __file__, *words]
-                self.processes.append(subprocess.Popen(program, env=toy.environ(folder), stdout=nothing, stderr=file))
+                self.processes.append(subprocess.Popen(program, env=environ, stdout=nothing, stderr=file))
 
     def ends(self, index: int, within: float = 600) -> int:
         """The exit status of one."""
@@ -145,6 +159,37 @@ def prove_hosts(work: Path, count: int) -> int:
         f"hosts: {count} lost at {len(places)} places, {failed} failed; the other ended after "
         f"{statistics.median(seconds):.0f} s (median), {max(seconds):.0f} s (longest)"
     )
+    return failed
+
+
+def prove_commits(work: Path, count: int) -> int:
+    """Let commits fail on one of two; how often it did not end as it should."""
+    import faults
+    import toy
+
+    folder, out = work / "commits", work / "commits" / "run"
+    prepare(folder)
+    plain = Pair(folder, folder / "plain")
+    assert [plain.ends(0), plain.ends(1)] == [0, 0], plain.told(0) + plain.told(1)
+    wanted, failed, seconds = toy.result(folder / "plain", STEPS), 0, []
+    for n in range(count):
+        victim, error = n % 2, ERRORS[n // 2 % len(ERRORS)]
+        call = 1 + n // 2 * (5 if victim == 0 else 1)  # the first makes more calls
+        shutil.rmtree(out, ignore_errors=True)
+        pair = Pair(folder, out, (victim, "disk", call, getattr(errno, error)))
+        statuses = [pair.ends(0), pair.ends(1)]
+        took = time.time() - (out / "struck").stat().st_mtime
+        said, there = [path.read_text() for path in pair.errors], faults.steps(out / "checkpoints")
+        one_line = [len(pair.told(i)) for i in range(2)] == [1, 1] and "Traceback" not in "".join(said)
+        good = (statuses[victim], statuses[1 - victim]) == (1, 69) and one_line and took <= LIMIT_S
+        good = good and "6: not saved: " in said[victim] and there == [SAVE_EVERY]
+        again = Pair(folder, out)
+        good = good and [again.ends(0), again.ends(1)] == [0, 0] and toy.result(out, STEPS) == wanted
+        failed += not good
+        seconds.append(took)
+        told = "ok" if good else f"FAILED: {statuses} {said} {there}"
+        print(f"  {n + 1:3} {error} to host {victim} from call {call:<3} both end after {took:4.1f} s, {told}")
+    print(f"commits: {count} failed on one of two, {failed} not well; ended after {max(seconds):.0f} s (longest)")
     return failed
 
 
@@ -254,6 +299,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="new folder")
     parser.add_argument("--hosts", type=int, default=20, help="hosts to lose (default: %(default)s)")
+    parser.add_argument("--commits", type=int, default=20, help="commits to fail (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=500, help="bits to turn (default: %(default)s)")
     arguments = parser.parse_args()
@@ -263,6 +309,8 @@ def main() -> int:
         failed += prove_bits(arguments.work, arguments.bits)
     if arguments.kills:
         failed += prove_saves(arguments.work, arguments.kills)
+    if arguments.commits:
+        failed += prove_commits(arguments.work, arguments.commits)
     if arguments.hosts:
         failed += prove_hosts(arguments.work, arguments.hosts)
     print(f"{failed} failed, {(time.monotonic() - began) / 60:.0f} minutes")

@@ -165,17 +165,19 @@ def _pick(folder: Path, wanted: dict) -> dict:
 
 def _save(manager: ocp.CheckpointManager, step: int, args: dict[str, ocp.args.CheckpointArgs], **how: Any) -> None:
     """Save, until it is on disk. Raises: StorageError where the disk does not take it."""
-    try:
-        manager.save(step, args=ocp.args.Composite(**args), **how)
-        manager.wait_until_finished()
-    except Exception as problem:
-        if not (told := errors.of_storage(problem)):
-            raise
-        whole = steps(manager.directory)
-        kept = f"step {whole[-1]} is whole" if whole else "there is none before it"
-        raise errors.StorageError(
-            f"{manager.directory}/{step}: not saved: {told}; {kept}. Make room, then go on with --resume"
-        ) from None
+    with _without_strays() as quiet:
+        try:
+            manager.save(step, args=ocp.args.Composite(**args), **how)
+            manager.wait_until_finished()
+        except Exception as problem:
+            if not (told := errors.of_storage(problem)):
+                raise
+            quiet.pop_all()  # strays come later too
+            whole = steps(manager.directory)
+            kept = f"step {whole[-1]} is whole" if whole else "there is none before it"
+            raise errors.StorageError(
+                f"{manager.directory}/{step}: not saved: {told}; {kept}. Make room, then go on with --resume"
+            ) from None
     heap.give_back()  # Orbax saves by new threads each time
 
 
@@ -249,15 +251,16 @@ def _reading(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def _without_strays() -> contextlib.ExitStack:
-    """Keeps quiet about reads that Orbax gave up when another one failed: they end in its threads, unawaited.
+    """Keeps quiet about what Orbax gave up when another read or write failed: it ends in its threads, unawaited.
 
-    Python tells of them in three ways. Closing what is returned undoes it.
+    Python tells of them in three ways, Orbax's log in a fourth. Closing what is returned undoes it.
     """
-    quiet, loop = contextlib.ExitStack(), logging.getLogger("asyncio")
+    quiet = contextlib.ExitStack()
     quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
     sys.unraisablehook = _tell_but_strays
-    quiet.callback(loop.setLevel, loop.level)
-    loop.setLevel(logging.CRITICAL)
+    for logger in map(logging.getLogger, ("asyncio", "absl")):
+        quiet.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
     quiet.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     return quiet

@@ -10,13 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
 import jax
 import pytest
+import toy
 
-from surgery_r1_jax import errors, saves
+from surgery_r1_jax import errors, hosts, saves
 
 TESTS = Path(__file__).parent
 
@@ -69,6 +71,50 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_saved_before(shim, tmp_path
         assert line["told"].startswith(expected) and "\n" not in line["told"], line
         assert (line["steps"], line["step"], line["whole"]) == (WHOLE[what], 2, True), line
         assert line["goes_on"] and line["left"] == [], line
+
+
+# One of two that save together; a full disk meets the one that is told a call of its third save.
+HOST = """
+import ctypes, errno, os, pathlib, sys
+from surgery_r1_jax import cli, hosts, launchers
+index, port, out, call = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]), int(sys.argv[4])
+hosts.HEARTBEAT_S = 6
+def work(argv):
+    hosts.join(launchers.Place(f"127.0.0.1:{port}", 2, index))
+    import faults
+    faults.prepare(out)
+    if call:
+        ctypes.CDLL(None).faults_arm(str(out / "checkpoints").encode(), ctypes.c_long(call), errno.ENOSPC)
+        (out / "struck").touch()
+    faults.save(out, 3)
+cli._run = work
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize(("victim", "call"), [(0, 40), (1, 4)])
+def test_a_commit_that_fails_on_one_of_two_ends_both_and_leaves_the_checkpoint_before_it(shim, tmp_path, victim, call):
+    environ = toy.environ(tmp_path) | {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    port, running = toy.free_port(), []
+    for index in range(2):
+        words = [sys.executable, "-c", HOST, *map(str, (index, port, tmp_path, call if index == victim else 0))]
+        with (tmp_path / f"error{index}").open("w") as file:
+            running.append(subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL, stderr=file))
+    try:
+        statuses = [process.wait(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert time.time() - (tmp_path / "struck").stat().st_mtime < 60
+    said = [(tmp_path / f"error{index}").read_text() for index in range(2)]
+    assert (statuses[victim], statuses[1 - victim]) == (errors.StorageError.exit_status, hosts.LOST), said
+    assert "3: not saved: No space left on device; step 2 is whole. Make room" in said[victim], said
+    assert f"lost process {victim}" in said[1 - victim], said
+    assert [text.count("\n") for text in said] == [1, 1], said
+    assert faults.steps(tmp_path / "checkpoints") == [1, 2]
+    assert faults.restore(tmp_path) == (2, True)
+    faults.save(tmp_path, 3)
+    assert faults.restore(tmp_path) == (3, True) and faults.steps(tmp_path / "checkpoints") == [2, 3]
 
 
 @pytest.fixture(scope="module")
