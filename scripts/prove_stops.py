@@ -150,12 +150,14 @@ def prove_soak(folder: Path, minutes: float) -> int:
     told = process.communicate()[1]
     late = np.array(rows[len(rows) // 3 :], float)  # by then every program was compiled and every cache filled
     slope = 1000 * np.polyfit(late[:, 0], late[:, 1], 1)[0]
-    flat = [bool(np.median(late[-9:, i]) <= np.median(late[:9, i])) for i in (2, 3, 4)]
-    good = process.returncode == 75 and slope <= 1 and all(flat)
-    threads, files, shared = (f"{int(late[:, i].min())} to {int(late[:, i].max())}" for i in (2, 3, 4))
+    # Files and blocks go when Python collects its garbage: what leaks raises the least that is ever held.
+    first, _, last = (part.min(axis=0) for part in np.array_split(late[:, 2:], 3))
+    good = process.returncode == 75 and slope <= 1 and bool(np.all(last <= 1.1 * first))
+    threads, files, shared = (f"{int(a)}, then {int(b)}" for a, b in zip(first, last, strict=True))
     print(
         f"soak: {int(late[-1, 0]):,} steps in {minutes:g} minutes; memory grew by {slope:.2f} MB in 1,000 steps; "
-        f"threads {threads}, open files {files}, shared memory {shared}{'' if good else '  FAILED ' + told[-500:]}"
+        f"at least held: threads {threads}; open files {files}; blocks {shared}"
+        f"{'' if good else '  FAILED ' + told[-500:]}"
     )
     return not good
 
