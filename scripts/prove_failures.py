@@ -10,6 +10,7 @@
             parameters, else a checkpoint
     full    a save meets a full disk, or another error, from some such call on; as many of both
     bits    one bit of a checkpoint is turned, or a file of it cut or removed
+    sums    what part of the time of restoring a state of so many gigabytes its sums take; fails nothing
 
 Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux and a C compiler.
 
@@ -294,6 +295,49 @@ def prove_bits(work: Path, count: int) -> int:
     return tally["silent"]
 
 
+def measure_sums(work: Path, gigabytes: int, times: int = 5) -> None:
+    """What part of a restore the sums take, where the file is in memory already and where it is not."""
+    import jax
+    import optax
+
+    from surgery_r1_jax import optim, saves
+
+    logging.disable()
+    rows = gigabytes * 10**9 // (3 * 4 * 8 * 4096)  # parameters and two moments, eight matrices each
+    draw = lambda n: jax.random.normal(jax.random.key(n), (rows, 4096))  # noqa: E731
+    state = optim.start({f"w{n}": draw(n) for n in range(8)}, optax.adam(0.1))
+    manager = saves.Checkpoints(work / "sums")
+    manager.save(1, state, {"data": "-"})
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    compare, spent = saves._compare, []
+
+    def timed(*given) -> None:
+        jax.block_until_ready(given)
+        began = time.monotonic()
+        compare(*given)
+        spent.append(time.monotonic() - began)
+
+    saves._compare = timed
+    for cold in (False, True):
+        spent.clear()
+        whole = []
+        for _ in range(times + 1):
+            for path in (work / "sums").rglob("*") if cold else ():
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began = time.monotonic()
+            manager.restore(abstract)
+            whole.append(time.monotonic() - began)
+        shares = [100 * part / all_ for part, all_ in zip(spent[1:], whole[1:], strict=True)]  # the first compiles
+        print(
+            f"sums: {statistics.median(spent[1:]):.2f} of {statistics.median(whole[1:]):.2f} s of restoring "
+            f"{gigabytes} GB {'from the disk' if cold else 'from memory'}, {statistics.median(shares):.1f} % "
+            f"(median of {times}, {min(shares):.1f} to {max(shares):.1f})"
+        )
+
+
 def main() -> int:
     """All of it; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,9 +346,12 @@ def main() -> int:
     parser.add_argument("--commits", type=int, default=20, help="commits to fail (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=500, help="bits to turn (default: %(default)s)")
+    parser.add_argument("--gigabytes", type=int, default=0, help="state whose sums to time (default: none)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True)
     began, failed = time.monotonic(), 0
+    if arguments.gigabytes:
+        measure_sums(arguments.work, arguments.gigabytes)
     if arguments.bits:
         failed += prove_bits(arguments.work, arguments.bits)
     if arguments.kills:

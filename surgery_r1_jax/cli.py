@@ -2,7 +2,8 @@
 
 What a handler raises becomes one line on standard error and these exit statuses:
 
-    1    no memory or disk left; `data check` found errors      75   stopped on request, state saved: use --resume
+    1    no memory or disk left, or a disk that fails or may    75   stopped on request, state saved: use --resume
+         not be written; `data check` found errors
     2    a mistake in the command, a file or the data            130  interrupted from the keyboard
     5    training met non-finite numbers                        69   others of several processes lost
 
@@ -10,7 +11,6 @@ Anything else is a bug and keeps its traceback.
 """
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from surgery_r1_jax import __version__, handlers, hosts
 from surgery_r1_jax.arguments import Parser, byte_count, nearest, number, on_disk, pixels, span, weights
-from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, printable
+from surgery_r1_jax.errors import InputError, NumericError, Preempted, StorageError, of_disk, printable
 from surgery_r1_jax.places import place
 
 SPLITS = ("train", "dev", "val", "all")
@@ -54,9 +54,8 @@ def _guarded(argv: Sequence[str] | None) -> int:
     except MemoryError:
         return _refuse("no memory left; use smaller batches or fewer processes", 1)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f"{error.filename}: " if error.filename else ""
-            return _refuse(f"{where}{error.strerror}; make room and start again with --resume", 1)
+        if told := of_disk(error):
+            return _refuse(told, StorageError.exit_status)
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 128 + 13  # as a shell reports a process that wrote to a closed pipe
         raise

@@ -1,7 +1,9 @@
 """The errors that end a program with one clear line instead of a traceback, and their exit statuses."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 
 class InputError(Exception):
@@ -36,6 +38,33 @@ def printable(text: object) -> str:
 def one_line(problem: Exception) -> str:
     """What another library says of a problem, as one short line."""
     return printable(" ".join(str(problem).split())[:200]) or type(problem).__name__
+
+
+def of_disk(problem: OSError) -> str | None:
+    """What to tell of an error that a disk is the cause of, in one line; else None.
+
+    A right may be missing for more than files: such an error has to name one.
+    """
+    match problem.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            remedy = "make room and start again with --resume"
+        case errno.EIO:
+            remedy = "see what the system's log says of this disk, and start again with --resume"
+        case errno.EROFS | errno.EACCES | errno.EPERM if problem.filename:
+            remedy = "get the right to it, or choose another place"
+        case _:
+            return None
+    return f"{problem.filename}: {problem.strerror}; {remedy}" if problem.filename else f"{problem.strerror}; {remedy}"
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike) -> Iterator[None]:
+    """The system does not tell in which file a write failed; its error gets this name."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or os.fspath(file)
+        raise
 
 
 def of_storage(problem: Exception) -> str | None:

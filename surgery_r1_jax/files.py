@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery_r1_jax import places
-from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.errors import InputError, naming, printable
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_LIST_BYTES = 1 << 20
@@ -29,7 +29,8 @@ def write_text(path: str | Path, text: str) -> None:
             places.put(folder / path.name, path)
         return
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
+    with naming(path):
+        part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
 
 

@@ -27,8 +27,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -44,7 +45,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from surgery_r1_jax import places
-from surgery_r1_jax.errors import InputError, printable
+from surgery_r1_jax.errors import InputError, naming, printable
 
 LIVE = (
     "loss",
@@ -224,9 +225,9 @@ class RunLog:
         last_sign_of_life = started[-1]["started_unix"] + reached_s - started[-1]["elapsed_s"]
         return kept_s, reached_s - kept_s, max(0.0, time.time() - last_sign_of_life)
 
-    def _file(self, name: str) -> BinaryIO:
+    def _file(self, name: str) -> FileIO:
         """One of the run's files, open at its end."""
-        return open(self._here / f"{name}.jsonl", "ab")
+        return open(self._here / f"{name}.jsonl", "ab", buffering=0)
 
     def _elapsed_s(self) -> float:
         """Seconds of work in the run, earlier sessions included."""
@@ -328,7 +329,7 @@ def _truncate(path: Path, last_step: float) -> tuple[list[dict[str, Any]], list[
     rows = read_metrics(path)
     kept = [row for row in rows if row["step"] <= last_step]
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with open(part, "wb", buffering=0) as file:
         for row in kept:
             _append(file, row)
         os.fsync(file.fileno())
@@ -336,10 +337,12 @@ def _truncate(path: Path, last_step: float) -> tuple[list[dict[str, Any]], list[
     return kept, [row for row in rows if row["step"] > last_step]
 
 
-def _append(file: BinaryIO, row: Mapping[str, Any]) -> None:
-    """Write a line and hand it to the system."""
-    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-    file.flush()
+def _append(file: FileIO, row: Mapping[str, Any]) -> None:
+    """Write a line and hand it to the system; nothing is kept back, which closing the file would try to write again."""
+    line = json.dumps(row, allow_nan=False).encode() + b"\n"
+    with naming(file.name):
+        while line:
+            line = line[file.write(line) :]
 
 
 def _number(value: Any) -> float | int | bool | None:

@@ -361,6 +361,9 @@ def test_the_version_is_the_package_s(capsys):
             "error: runs/x: No space left on device; make room and start again with --resume",
         ),
         (OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: Quota exceeded; make room"),
+        (OSError(errno.EIO, "Input/output error"), 1, "error: Input/output error; see what the system's log says"),
+        (OSError(errno.EROFS, "Read-only", "runs/x"), 1, "error: runs/x: Read-only; get the right to it"),
+        (OSError(errno.EACCES, "denied", "runs/\x1bx"), 1, r"error: runs/\x1bx: denied; get the right to it"),
     ],
 )
 def test_errors_end_with_their_status_and_no_traceback(sft_raises, capsys, error, status, message):

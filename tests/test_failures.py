@@ -117,6 +117,43 @@ def test_a_commit_that_fails_on_one_of_two_ends_both_and_leaves_the_checkpoint_b
     assert faults.restore(tmp_path) == (3, True) and faults.steps(tmp_path / "checkpoints") == [2, 3]
 
 
+# A run again and again, whose disk fails at a call below a path.
+RUNS = """
+import ctypes, errno, pathlib, sys
+from surgery_r1_jax import cli
+folder = pathlib.Path(sys.argv[1])
+for n, case in enumerate(sys.argv[2:]):
+    place, call, error = case.split(":")
+    path = str(folder / f"run{n}{place}")
+    ctypes.CDLL(None).faults_arm(path.encode(), ctypes.c_long(int(call)), ctypes.c_int(getattr(errno, error)))
+    status = cli.main(["sft", "--config", str(folder / "sft.yaml"), "--out", str(folder / f"run{n}")])
+    print("ended", status, file=sys.stderr)
+"""
+
+
+def test_a_disk_that_fails_outside_of_saves_is_one_line_with_file_and_remedy(shim, tmp_path):
+    toy.write_start(tmp_path, frames=4)
+    (tmp_path / "sft.yaml").write_text(
+        f"model: {tmp_path}/start\ndata: {{root: {tmp_path}/data, frames: 2, questions: 1}}\n"
+        "schedule: {steps: 2, log_every: 1}\nevaluation: {frames: 2, questions: 1, limit: 1, max_tokens: 2}\n"
+    )
+    cases = [":1:EROFS", "/config.yaml:2:EIO", "/metrics.jsonl:1:EACCES", "/sessions.jsonl:2:ENOSPC"]
+    environ = toy.environ(tmp_path) | {"LD_PRELOAD": str(shim)}
+    words = [sys.executable, "-c", RUNS, str(tmp_path), *cases]
+    done = subprocess.run(words, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    told = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "ended "))]
+    right, room = "get the right to it, or choose another place", "make room and start again with --resume"
+    disk = "see what the system's log says of this disk, and start again with --resume"
+    expected = [
+        f"run0/model: Read-only file system; {right}",
+        f"run1/config.yaml: Input/output error; {disk}",
+        f"run2/metrics.jsonl: Permission denied; {right}",
+        f"run3/sessions.jsonl: No space left on device; {room}",
+    ]
+    lines = [(f"error: {tmp_path}/{line}", f"ended {errors.StorageError.exit_status}") for line in expected]
+    assert told == [line for pair in lines for line in pair] and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A run with two checkpoints."""
