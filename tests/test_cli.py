@@ -34,6 +34,7 @@ TARGETS = {  # what the handlers call, and an answer of the right kind
     "checkpoint.import_folder": Path("k"),
     "ask.run": 0,
     "run.take_up": None,
+    "milestones.evaluated": True,
     "doctor.start": 0,
     "doctor.describe": 0,
     "fresh.write": Path("h"),
@@ -226,10 +227,12 @@ def test_training_takes_overrides_anywhere(calls, program):
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])
 def test_the_same_line_starts_goes_on_and_leaves_alone_what_is_done(calls, monkeypatch, capsys, program):
-    of_240 = types.SimpleNamespace(schedule=options.Schedule(steps=240))
+    of_240 = types.SimpleNamespace(schedule=options.Schedule(steps=240), evaluation=options.Evaluation())
     monkeypatch.setattr(config, "load", lambda *_: of_240)
-    for step, resume in ((None, False), (80, True), (240, None)):
-        monkeypatch.setattr(sys.modules["surgery_r1_jax.run"], "take_up", lambda out, step=step: step)
+    of_run, of_milestones = (sys.modules[f"surgery_r1_jax.{name}"] for name in ("run", "milestones"))
+    for step, evaluated, resume in ((None, False, False), (80, True, True), (240, False, True), (240, True, None)):
+        monkeypatch.setattr(of_run, "take_up", lambda out, step=step: step)
+        monkeypatch.setattr(of_milestones, "evaluated", lambda *_, evaluated=evaluated: evaluated)
         calls.clear()
         assert cli.main([program, *TRAINING, "--resume", "auto"]) == 0
         trained = (
