@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """What released sizes take on TPU slices, told by the TPU compiler on a CPU: nothing is run, no weights are needed.
 
-Compiles the programs of a run (`surgery_r1_jax/programs.py`) on abstract arrays and prints, a line each, the peak of
-bytes on a device (what else lies there meanwhile included), whether that fits, what the devices send each other,
-stacks of layers that are held whole, and the seconds of compiling. A frame is 1288 x 1036 pixels; for SFT it has 6
-branches of 256 tokens, for GRPO one question of 32 tokens and `samples` completions. Needs libtpu:
-scripts/compile_sizes.sh makes an environment with it and calls this.
+Compiles the programs of a run (`surgery_r1_jax/programs.py`) on abstract arrays and prints the peak of bytes on a
+device (what else lies there meanwhile included) or the compiler's refusal, what the devices send each other, stacks of
+layers that are held whole, and the seconds of compiling. A frame is 1288 x 1036 pixels; for SFT it has 6 branches of
+256 tokens, for GRPO one question of 32 tokens and `samples` completions. Exit status 1: a run does not fit, or takes
+more than its bar, or one that must not fit does, or a stack is held whole. Needs libtpu: scripts/compile_sizes.sh
+makes an environment with it and calls this.
 
     scripts/compile_sizes.sh --size Qwen2.5-VL-3B --config configs/sft_3b.yaml --slice v5e:2x4
     scripts/compile_sizes.sh --size Qwen3-VL-8B --config configs/grpo_7b.yaml --sweep v5e
@@ -13,12 +14,14 @@ scripts/compile_sizes.sh makes an environment with it and calls this.
 """
 
 import argparse
-import functools
+import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,35 +60,41 @@ class Case(NamedTuple):
     size: str
     config: str  # file in configs/
     overrides: tuple[str, ...]
-    slice: str  # "v5e:4x4"
-    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    slice: str  # "v5e:4x4", or "v5e" for the smallest that holds it
+    mesh: tuple[int, int, int] = (1, -1, 1)  # data, fsdp, tensor
     frames: int = 1  # on each of the devices that frames are spread over
+    bar: float = math.inf  # GiB that no program may exceed; 0: at least one must be refused
+    effort: float = -1.0  # of the compiler at quick programs
 
 
-ALL, TOWER = (1, -1, 1), "--optimizer.rates.tower=1"
+TOWER = "--optimizer.rates.tower=1"
 WITHOUT = "--compute.remat=false", "--compute.tower_remat=false"
 OFFLOAD = "--compute.offload=true"
 LORA = "--lora.rank=64", "--lora.base=bfloat16"
+REFUSED = 0.0
 README = [
-    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x4", ALL),
-    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, *WITHOUT), "v5e:2x4", ALL),
-    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x2", ALL),
-    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, OFFLOAD), "v5e:2x2", ALL),
-    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", ALL),
-    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", ALL, 2),
-    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:2x4", ALL),
-    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e:2x4", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:8x8", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, *WITHOUT), "v5e:8x8", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:4x8", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x2", ALL),
-    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x4", ALL),
-    Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER,), "v5e", ALL),
-    Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER,), "v5e", ALL),
-    Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5e", ALL),
-    Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e", ALL),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x4", bar=11),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x4", effort=0),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, *WITHOUT), "v5e:2x4", bar=REFUSED),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER,), "v5e:2x2", bar=REFUSED),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, OFFLOAD), "v5e:2x2"),
+    Case("Qwen2.5-VL-3B", "sft_3b.yaml", (TOWER, OFFLOAD), "v5e:2x2", effort=0),
+    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", bar=13),
+    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:4x4", frames=2),
+    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER,), "v5e:2x4", bar=REFUSED),
+    Case("Qwen2.5-VL-7B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e:2x4"),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:8x8", bar=10),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, *WITHOUT), "v5e:8x8", bar=REFUSED),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:4x8"),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", bar=17),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, *WITHOUT), "v5p:2x2x4", bar=REFUSED),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", bar=30),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x2", bar=REFUSED),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:2x2x4"),
+    Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER,), "v5e"),
+    Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER,), "v5e"),
+    Case("Qwen3-VL-8B", "sft_7b.yaml", (TOWER, OFFLOAD), "v5e"),
+    Case("Qwen3-VL-8B", "grpo_7b.yaml", (TOWER, OFFLOAD), "v5e"),
 ]
 
 
@@ -113,13 +122,13 @@ def batch_of(architecture: model.Config, lanes: Shape, frames: int) -> FrameBatc
     return programs.blank_batch(architecture, image, TEXT, lanes, frames)
 
 
-def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
+def compiled(case: Case, only: set[str]) -> list[dict]:
     """A row for each of the run's programs."""
     job = job_of(case)
     rows, limit = [], HBM[case.slice.partition(":")[0]]
     listed = programs.of(job) | {"evaluation": programs.evaluation(evaluated(job))}
     about = case._asdict() | {"mesh": list(job.mesh.shape.values()), "query_chunk": job.settings.compute.query_chunk}
-    about |= {"kind": type(job.settings).__name__, "effort": effort}
+    about |= {"kind": type(job.settings).__name__, "bar": case.bar if math.isfinite(case.bar) else limit}
     about |= {name: getattr(job.settings.compute, name) for name in ("remat", "offload")}
     for name, program in listed.items():
         if only and name not in only:
@@ -128,7 +137,7 @@ def compiled(case: Case, only: set[str], effort: float) -> list[dict]:
         lowered = program.lower()
         since, busy = time.monotonic(), time.process_time()
         try:
-            how = dict(exec_time_optimization_effort=effort, xla_tpu_user_reserved_hbm_bytes=program.beside)
+            how = dict(exec_time_optimization_effort=case.effort, xla_tpu_user_reserved_hbm_bytes=program.beside)
             made = lowered.compile(how)
         except jax.errors.JaxRuntimeError as refusal:
             if "RESOURCE_EXHAUSTED" not in str(refusal):
@@ -164,47 +173,68 @@ def line(row: dict) -> str:
     return f"{what} {' '.join(row['overrides'])}: {told}, {row['compile_s']:.0f} s"
 
 
-def cells(row: dict) -> list[str]:
-    """A row of the table."""
-    sent = {kind: each["bytes"] / GIB for kind, each in row.get("sent", {}).items()}
+def met(rows: list[dict]) -> bool:
+    """Whether a run takes no more than it may, or is refused where it must be."""
+    if rows[0]["bar"] == REFUSED:
+        return not all(row["fits"] for row in rows)
+    return all(row["fits"] and row["peak_gib"] <= row["bar"] for row in rows)
+
+
+PROGRAMS = "update", "rollout", "reference", "evaluation"
+HEADS = ["run", "slice", "frames a chip", "bar, GiB", "update: peak GiB", "rollout", "reference", "evaluation"]
+HEADS += ["update: gathered, reduced, other GiB sent", "compile s"]
+
+
+def cells(rows: list[dict]) -> list[str]:
+    """A run in the table, of a row for each of its programs."""
+    first, of_program = rows[0], {row["program"]: row for row in rows}
+    adapted = "LoRA " * any("lora.rank" in setting for setting in first["overrides"])
+    how = ", no remat" * (not first["remat"]) + ", offloaded" * first["offload"]
+    how += f", effort {first['effort']:g}" * (first["effort"] != Case._field_defaults["effort"])
+    mesh = "x".join(map(str, first["mesh"]))
+    chips = math.prod(first["mesh"])
+    update = of_program.get("update", {})
+    sent = {kind: each["bytes"] / GIB for kind, each in update.get("sent", {}).items()}
     gathered, reduced = sent.pop("all-gather", 0), sent.pop("all-reduce", 0) + sent.pop("reduce-scatter", 0)
-    adapted = "LoRA " if any("lora.rank" in setting for setting in row["overrides"]) else ""
-    how = ", no remat" * (not row["remat"]) + ", offloaded" * row["offload"]
     return [
-        row["size"],
-        f"{adapted}{row['kind']} {row['program']}{how}",
-        f"{row['slice']}, {'x'.join(map(str, row['mesh']))}",
-        str(row["frames"]),
-        f"{row['peak_gib']:.1f}" if row["peak_gib"] else row["refusal"],
-        "yes" if row["fits"] else "no",
-        *(f"{size:.1f}" if row["peak_gib"] else "-" for size in (gathered, reduced, sum(sent.values()))),
-        f"{row['compile_s']:.0f}",
+        f"{first['size']} {adapted}{first['kind']}{how}",
+        first["slice"] + f", {mesh}" * (mesh != f"1x{chips}x1"),
+        str(first["frames"]),
+        "refused" if first["bar"] == REFUSED else f"{first['bar']:.4g}",
+        *(peak(of_program.get(name)) for name in PROGRAMS),
+        f"{gathered:.0f}, {reduced:.0f}, {sum(sent.values()):.1f}" if update.get("peak_gib") else "",
+        f"{update['compile_s']:.0f}" if update else "",
     ]
 
 
-HEADS = ["size", "program", "slice, mesh", "frames a chip", "peak GiB", "fits"]
-HEADS += ["gathered GiB", "reduced", "otherwise sent", "compile s"]
+def peak(row: dict | None) -> str:
+    """What a program takes."""
+    if row is None:
+        return ""
+    if row["peak_gib"] is None:
+        return f"refused: {row['refusal']}"
+    return f"{row['peak_gib']:.1f}" + ", too much" * (not row["fits"])
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(runs: list[list[dict]]) -> str:
     """The table for the README."""
-    lines = [HEADS, ["---"] * len(HEADS), *map(cells, rows)]
+    lines = [HEADS, ["---"] * len(HEADS), *map(cells, runs)]
     return "\n".join("| " + " | ".join(each) + " |" for each in lines) + "\n"
 
 
-def sweep(case: Case, family: str, only: set[str], effort: float) -> list[dict]:
+def sweep(case: Case, only: set[str]) -> Iterator[list[dict]]:
     """The slices of a family from the smallest up to the first that holds every program of the run."""
-    rows = []
-    for size in SLICES[family]:
-        found = compiled(case._replace(slice=f"{family}:{size}"), only, effort)
-        rows += found
-        if all(row["fits"] for row in found):
-            break
-    return rows
+    for size in SLICES[case.slice]:
+        rows = compiled(case._replace(slice=f"{case.slice}:{size}"), only)
+        if all(row["fits"] for row in rows):
+            yield rows
+            return
+        yield [row | {"bar": REFUSED} for row in rows]  # is smaller than what holds it
+    sys.exit(f"no slice of {case.slice} holds it")
 
 
 def main() -> int:
-    """Compile, print, write; 1 if a program holds a whole stack of layers."""
+    """Compile, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -218,31 +248,33 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=1, help="frames on each chip that frames are spread over")
     parser.add_argument("--programs", default="", help="only these, such as update,rollout,reference,evaluation")
     parser.add_argument("--effort", type=float, default=-1.0, help="at quick programs, -1 to 1; 0 is what a run has")
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON, and beside it as Markdown")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON, and beside it the table as Markdown")
     args, overrides = parser.parse_known_args()
     only = {name for name in args.programs.split(",") if name}
     cases = README
     if args.size:
         mesh = tuple(int(n) for n in args.mesh.split(","))
-        config = Path(args.config).name
-        cases = [Case(args.size, config, tuple(overrides), args.sweep or args.slice, mesh, args.frames)]
+        config, chosen = Path(args.config).name, args.sweep or args.slice
+        cases = [Case(args.size, config, tuple(overrides), chosen, mesh, args.frames, effort=args.effort)]
     elif overrides:
         sys.exit("settings go with --size")
-    rows: list[dict] = []
+    runs: list[list[dict]] = []
     for case in cases:
-        find = compiled if ":" in case.slice else functools.partial(sweep, family=case.slice)
-        rows += find(case, only=only, effort=args.effort)
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=2) + "\n")
-            args.out.with_suffix(".md").write_text(markdown(rows))
+        for rows in [compiled(case, only)] if ":" in case.slice else sweep(case, only):
+            runs.append(rows)
+            if args.out:
+                args.out.write_text(json.dumps(list(itertools.chain(*runs)), indent=2) + "\n")
+                args.out.with_suffix(".md").write_text(markdown(runs))
     table = Table(*HEADS)
-    for row in rows:
-        table.add_row(*cells(row))
+    for rows in runs:
+        table.add_row(*cells(rows))
     Console(width=200).print(table)
-    gathering = [row for row in rows if row.get("whole_stacks")]
-    for row in gathering:
-        print(f"{row['size']} {row['kind']} {row['program']} holds whole: {', '.join(row['whole_stacks'])}")
-    return bool(gathering)
+    faults = [f"{' '.join(cells(rows)[:2])}: not as its bar says" for rows in runs if not met(rows)]
+    for row in itertools.chain(*runs):
+        if whole := row.get("whole_stacks"):
+            faults.append(f"{row['size']} {row['kind']} {row['program']} holds whole: {', '.join(whole)}")
+    print("\n".join(faults) or "all as it must be")
+    return bool(faults)
 
 
 if __name__ == "__main__":

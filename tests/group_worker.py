@@ -29,6 +29,7 @@ from surgery_r1_jax import (
 )
 
 MAX_TOKENS, SEEDS, LEG = 4, (0, 1, 2), 2
+PATIENCE = 300  # seconds
 
 
 def settings(folder: Path, kind, **more):
@@ -85,18 +86,37 @@ def together(folder: Path) -> dict:
     return found
 
 
-def relay(folder: Path, count: int) -> dict:
-    """Take the run over from others and hand it on: four make a leg of it, of two one is told to stop.
-
-    Four keep the moments in the host's memory.
+def relays(folder: Path, count: int) -> dict:
+    """Take two runs over from others and hand them on: `forth` goes from one process to four and to two, one of which
+    is told to stop, `back` from one to two and to four. Four keep the moments of `forth` in the host's memory.
     """
-    if count == 2:
-        stop_one_process(jax.process_index())
+    if count == 4:
+        leg(folder / "forth", 2 * LEG, offload=True)
+        await_leg(folder / "back")
+        leg(folder / "back", 3 * LEG)
+        return {}
+    leg(folder / "back", 2 * LEG)
+    await_leg(folder / "forth")
+    stop_one_process(jax.process_index())
     try:
-        sft.train(sft_settings(folder, 2 * LEG if count == 4 else 200, count == 4), folder / "relay", resume=True)
+        leg(folder / "forth", 200)
     except errors.Preempted as stop:
         return {"stopped": str(stop)}
     return {}
+
+
+def leg(out: Path, steps: int, offload: bool = False) -> None:
+    """Go on with a run up to a step, and tell who waits for it."""
+    sft.train(sft_settings(out.parent, steps, offload), out, resume=True)
+    out.with_suffix(".ready").touch()
+
+
+def await_leg(out: Path) -> None:
+    """Wait for the other group."""
+    limit = time.monotonic() + PATIENCE
+    while not out.with_suffix(".ready").exists():
+        assert time.monotonic() < limit, f"nobody made a leg of {out.name}"
+        time.sleep(0.1)
 
 
 def stop_one_process(process: int) -> None:
@@ -116,7 +136,7 @@ def stop_one_process(process: int) -> None:
 def main(folder: Path, process: int, count: int, port: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
-    found = {"devices": len(jax.devices())} | together(folder) | relay(folder, count)
+    found = {"devices": len(jax.devices())} | together(folder) | relays(folder, count)
     (folder / f"found{count}_{process}.json").write_text(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 Each group is started once and does everything; see group_worker.py.
 """
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from surgery_r1_jax import checkpoint, log, saves, sft
 
 LIMIT = 600  # seconds; about 60 on two idle cores
 COUNTS = (4, 2)
+RELAYS = ("forth", "back")  # 1, 4, 2, 1 processes and 1, 2, 4, 1
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What every process wrote, by the number of processes. One process runs the first leg of the relay."""
-    sft.train(worker.sft_settings(folder, worker.LEG), folder / "relay")
-    return {1: [json.loads(json.dumps(worker.together(folder)))]} | {count: start(folder, count) for count in COUNTS}
+    """What every process wrote, by the number of processes. One process runs the first leg of each relay."""
+    for run in RELAYS:
+        sft.train(worker.sft_settings(folder, worker.LEG), folder / run)
+    groups = {count: start(folder, count) for count in COUNTS}  # they wait for one another
+    try:
+        alone = json.loads(json.dumps(worker.together(folder)))
+        codes = {count: [process.wait(timeout=LIMIT) for process in group] for count, group in groups.items()}
+    finally:
+        for process in itertools.chain(*groups.values()):
+            process.kill()
+    assert not any(itertools.chain(*codes.values())), "\n".join(
+        path.read_text()[-3000:] for path in sorted(folder.glob("log*"))
+    )
+    read = lambda count, process: json.loads((folder / f"found{count}_{process}.json").read_text())  # noqa: E731
+    return {1: [alone]} | {count: [read(count, process) for process in range(count)] for count in COUNTS}
 
 
 def start(folder, count):
@@ -43,23 +57,15 @@ def start(folder, count):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
     }
-    script, logs = str(tests / "group_worker.py"), [folder / f"log{count}_{process}" for process in range(count)]
-    running = [
+    return [
         subprocess.Popen(
-            [sys.executable, script, str(folder), str(process), str(count), str(port)],
+            [sys.executable, str(tests / "group_worker.py"), str(folder), str(process), str(count), str(port)],
             env=environment,
-            stdout=logs[process].open("w"),
+            stdout=(folder / f"log{count}_{process}").open("w"),
             stderr=subprocess.STDOUT,
         )
         for process in range(count)
     ]
-    try:
-        codes = [process.wait(timeout=LIMIT) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0] * count, "\n".join(path.read_text()[-3000:] for path in logs)
-    return [json.loads((folder / f"found{count}_{process}.json").read_text()) for process in range(count)]
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -108,19 +114,26 @@ def logged(out):
     return np.asarray([[row[name] for name in ("step", "loss", "grad_norm", "num_tokens")] for row in rows])
 
 
-def test_a_run_handed_from_one_process_to_four_to_two_and_back_is_the_run_of_one(folder, found):
-    """Every checkpoint is compared with what was saved as it is restored; here it is what is made of it."""
+@pytest.fixture(scope="module")
+def last(folder, found):
+    """The step at which one process ends both relays, and another run that was never handed on."""
     told = {process["stopped"] for process in found[2]}
     (step,) = (int(re.match(r"stopped after step (\d+) of 200", text)[1]) for text in told)
-    assert 2 * worker.LEG < step < 200 and saves.Checkpoints(folder / "relay").latest() == step
-    last = step + worker.LEG
-    sft.train(worker.sft_settings(folder, last), folder / "relay", resume=True)
-    sft.train(worker.sft_settings(folder, last), folder / "alone")
-    relayed, alone = logged(folder / "relay"), logged(folder / "alone")
+    assert 2 * worker.LEG < step < 200 and saves.Checkpoints(folder / "forth").latest() == step
+    assert saves.Checkpoints(folder / "back").latest() == 3 * worker.LEG
+    sft.train(worker.sft_settings(folder, step + worker.LEG), folder / "alone")
+    return step + worker.LEG
+
+
+@pytest.mark.parametrize("run", RELAYS)
+def test_a_run_handed_on_between_one_two_and_four_processes_is_the_run_of_one(folder, last, run):
+    """Every checkpoint is compared with what was saved as it is restored; here it is what is made of it."""
+    sft.train(worker.sft_settings(folder, last), folder / run, resume=True)
+    relayed, alone = logged(folder / run), logged(folder / "alone")
     np.testing.assert_allclose(relayed, alone, rtol=1e-5)
     assert alone[:, 0].tolist() == list(range(1, last + 1)) and alone[-1, 1] < alone[0, 1] - 1e-3
     ours, theirs = (
-        jax.tree.leaves(checkpoint.load_model(folder / run, which="last").params) for run in ("relay", "alone")
+        jax.tree.leaves(checkpoint.load_model(folder / each, which="last").params) for each in (run, "alone")
     )
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

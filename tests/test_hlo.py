@@ -90,6 +90,24 @@ def job():
     return programs.Job(settings, config, sharding.make_mesh((1, 4, 2)), batch)
 
 
+def test_no_program_of_grpo_holds_a_stack_whole(job):
+    settings = options.GRPO(
+        model="-",
+        data=job.settings.data,
+        compute=job.settings.compute,
+        samples=3,
+        sampler=options.Sampler(max_tokens=7),
+        evaluation=options.Evaluation(max_tokens=7),
+    )
+    job = job._replace(settings=settings)
+    stacks, listed = programs.stacks(job), programs.of(job) | {"evaluation": programs.evaluation(job)}
+    assert list(listed) == ["rollout", "reference", "update", "evaluation"] and len(stacks) == 12
+    for name, program in listed.items():
+        text = program.lower().compile().as_text()
+        assert hlo.whole_stacks(text, stacks) == {}, name
+        assert hlo.collectives(text)["all-gather"].count > 20, name
+
+
 def test_no_step_holds_a_stack_whole_and_one_that_does_is_found(job):
     (update,) = programs.of(job).values()
     text, stacks = update.lower().compile().as_text(), programs.stacks(job)
