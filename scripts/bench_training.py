@@ -5,7 +5,8 @@ One 1288 x 1036 frame; for SFT 6 branches of 256 tokens, for GRPO one question o
 Both sides start from the same files and see the same tokens. Theirs is what TRL runs without vLLM: a row for each
 branch with the frame repeated, generate, a pass of the reference, gradient checkpointing, PyTorch's AdamW. Every leg
 is a process of its own, so that each has the device to itself; one that runs out of memory is told as such. The
-losses and the gradient norms of both sides are held against each other, and the exit status is 1 where they differ.
+losses and the gradient norms of all legs are held against each other, and the exit status is 1 where they differ.
+MFU counts what a leg itself computes: with the frame repeated that is more.
 
     .venv/bin/python scripts/bench_training.py --work /tmp/bench                # a GPU; 3B wants an H200's memory
     .venv/bin/python scripts/bench_training.py --work /tmp/bench --size eighth  # a CPU; tiny: a rehearsal
@@ -69,6 +70,29 @@ def frames_of(case: Case, completions: np.ndarray | None = None):
     return frame, frame._replace(branches=[np.concatenate([question, row]) for row in completions])
 
 
+def load_of(leg: Leg, case: Case, architecture, adapted) -> tuple:
+    """The batch of a leg on the host, completions to draw for each of its questions, and what a step on it takes."""
+    import randomised
+    from bench_branches import repeated
+
+    from surgery_r1_jax import flops, speed
+
+    cost, whole = flops.of_model(architecture, adapted), leg.layout == "repeated"
+    frame, asked = frames_of(case)
+    if leg.kind != "grpo":
+        batch = randomised.batch(architecture, [frame])
+        batch = repeated(batch) if whole else batch
+        return batch, 0, speed.supervised(batch, cost)
+    rows, samples = (case.samples, 1) if whole else (1, case.samples)
+    batch, length = randomised.batch(architecture, [asked] * rows), np.full((rows, samples), case.completion)
+    return batch, samples, speed.reinforced(batch, length, cost, most=case.completion, updates=1, reference=True)
+
+
+def speed_of(done, seconds: float, peak: float | None) -> dict:
+    """Completions a second, and the part of the device's peak that is put to use."""
+    return {"completions_s": done.completions / seconds or None, "mfu": done.flops / seconds / peak if peak else None}
+
+
 def write_model(work: Path, size: str, dtype: str) -> None:
     """A folder with random weights that both sides read."""
     import randomised
@@ -108,22 +132,8 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     import jax
     import jax.numpy as jnp
     import randomised
-    from bench_branches import repeated
 
-    from surgery_r1_jax import (
-        backends,
-        checkpoint,
-        flops,
-        grpo,
-        lora,
-        optim,
-        options,
-        run,
-        sampling,
-        sft,
-        sharding,
-        speed,
-    )
+    from surgery_r1_jax import backends, checkpoint, flops, grpo, lora, optim, options, run, sampling, sft, sharding
 
     work, dtype, mesh = args.work, args.dtype, sharding.make_mesh()
     how = dict(dtype=dtype, attention=leg.attention, mesh=mesh.devices.shape, offload=args.offload)
@@ -140,31 +150,29 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     if leg.kind == "grpo":
         reference = grpo.frozen_copy(params, compute)
     tx = optim.transformation(common["optimizer"], 100, params, offload=args.offload)
-    state, cost = run.start_state(params, tx, mesh), flops.of_model(loaded.config, adapted)
+    state = run.start_state(params, tx, mesh)
     moments = {sharding.is_offloaded(leaf.sharding) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
     assert moments == {args.offload}
-    frame, asked = frames_of(case)
-    host = randomised.batch(loaded.config, [asked if leg.kind == "grpo" else frame])
-    host = repeated(host) if leg.layout == "repeated" else host
+    host, samples, done = load_of(leg, case, loaded.config, adapted)
+    prompts = sharding.put_batch(host, mesh)
     if leg.kind != "grpo":
         settings = options.SFT(**common)
         step = run.keep_layout(functools.partial(sft.train_step, graph, tx, settings=settings), state)
-        batch, done = sharding.put_batch(host, mesh), speed.supervised(host, cost)
 
         def once(state):
-            state, stats = step(state, frozen, batch, None)
+            state, stats = step(state, frozen, prompts, None)
             return state, jax.device_get(stats), {}
     else:
         sampler, objective = options.Sampler(max_tokens=case.completion), options.Objective(beta=BETA)
-        settings = options.GRPO(**common, samples=case.samples, sampler=sampler, objective=objective)
+        settings = options.GRPO(**common, sampler=sampler, objective=objective)
+        settings = settings.model_copy(update={"samples": samples})  # a run's are two or more
         step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), state)
-        prompts = sharding.put_batch(host, mesh)
         allowed = sharding.put_batch(np.arange(loaded.config.text.vocab_size)[None] < 1000, mesh)[0]
         words = sampling.Vocabulary(allowed, randomised.STOP, randomised.PAD)
-        numbers = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)
-        length = np.full((1, case.samples), case.completion)
-        done = speed.reinforced(host, length, cost, most=case.completion, updates=1, reference=True)
-        advantage = jnp.asarray(np.linspace(-1, 1, case.samples, dtype=np.float32))[None]
+        rows, kept = case.samples // samples, work / "drawn.npy"
+        numbers = jnp.arange(rows, dtype=jnp.int32), jnp.zeros((rows, 1), jnp.int32)
+        advantage = jnp.asarray(np.linspace(-1, 1, case.samples, dtype=np.float32)).reshape(rows, samples)
+        given = jnp.asarray(np.load(kept)).reshape(rows, samples, -1) if kept.exists() else None
 
         def once(state):
             since = time.perf_counter()
@@ -172,11 +180,17 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
                 grpo.roll_out(graph, settings, state.params, prompts, jax.random.key(0), numbers, words)
             )
             rolled = time.perf_counter() - since
-            batch = grpo.lay_out(prompts, drawn, case.samples)
+            nonlocal given
+            first, given = given, None
+            if first is not None:  # what the first leg drew, so that all of them can be compared
+                drawn = drawn._replace(tokens_BJT=first)
+            batch = grpo.lay_out(prompts, drawn, samples)
             held = grpo.reference_logp(graph, settings, reference, batch, allowed)
+            if first is not None:
+                drawn = drawn._replace(logp_BJT=grpo.reference_logp(graph, settings, state.params, batch, allowed))
             experience = grpo.Experience(batch, drawn.mask_BJT, drawn.logp_BJT, held, advantage)
-            if not (work / "drawn.npy").exists():
-                np.save(work / "drawn.npy", np.asarray(drawn.tokens_BJT[0]))
+            if not kept.exists():
+                np.save(kept, np.asarray(drawn.tokens_BJT[0]))
             state, stats = step(state, frozen, experience, allowed, np.int32(0))
             return state, jax.device_get(stats), {"rollout_s": rolled}
 
@@ -184,7 +198,7 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     stats = mesh.devices.flat[0].memory_stats() or {}
     peak = flops.peak(mesh.devices.flat[0].device_kind)
     found["peak_gib"] = stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
-    return found | {"mfu": done.flops / found["seconds"] / peak / mesh.size if peak else None}
+    return found | speed_of(done, found["seconds"], peak and peak * mesh.size)
 
 
 def theirs(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
@@ -192,6 +206,8 @@ def theirs(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     import randomised
     import torch
     import transformers
+
+    from surgery_r1_jax import flops, hf, options
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work, low = args.work, args.dtype == "bfloat16"
@@ -275,7 +291,11 @@ def theirs(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
             return None, descend(loss), {"rollout_s": rolled}
 
     found = _timed(once, None, args.repeats)
-    return found | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None, "mfu": None}
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    adapted = options.Lora(rank=RANK * (leg.kind == "lora"))
+    done = load_of(leg, case, hf.read_config(work / "model"), adapted)[-1]
+    peak = flops.peak(torch.cuda.get_device_name()) if device == "cuda" else None
+    return found | speed_of(done, found["seconds"], peak)
 
 
 def _timed(once: Callable, state, repeats: int) -> dict:
@@ -306,8 +326,6 @@ def differing(rows: list[dict], dtype: str) -> list[str]:
         told = [row for row in rows if row["kind"] == kind and "told" in row]
         if len(told) < 2:
             lines.append(f"{kind}: nothing to compare with")
-        if kind == "grpo":  # each of our legs draws tokens of its own; theirs has those of the first
-            told[1:] = [row for row in told[1:] if row["side"] != "ours"]
         steps = slice(None) if kind == "sft" else slice(1)
         # An adapter's first matrix is drawn by each side: the first loss does not depend on it, the gradient does.
         what = slice(1) if kind == "lora" else slice(None)
@@ -354,20 +372,21 @@ def main() -> int:
     attentions, rows = args.attention.split(","), []
     for kind in args.kinds.split(","):
         legs = [Leg(kind, "ours", attention, "shared") for attention in attentions]
-        legs += [Leg(kind, "ours", attentions[-1], "repeated")] * (kind != "grpo")
+        legs += [Leg(kind, "ours", attentions[-1], "repeated")]
         legs += [Leg(kind, "transformers", "sdpa", "repeated")] * (not args.no_peer)
         for leg in legs:
             rows.append(measured(leg, words))
             print(rows[-1], flush=True)
     table = Table("kind", "side", "attention", "frame")
-    for name in ("s a step", "of it rollout", "times ours", "MFU", "peak GiB"):
+    for name in ("s a step", "of it rollout", "completions/s", "times ours", "MFU", "peak GiB"):
         table.add_column(name, justify="right")
     told = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
     for row in rows:
         own = [r["seconds"] for r in rows if (r["kind"], r["side"]) == (row["kind"], "ours") and "told" in r]
         ratio = row["seconds"] / min(own) if own and "told" in row else None
-        figures = row.get("seconds"), row.get("rollout_s"), ratio, row.get("mfu"), row.get("peak_gib")
-        cells = [told(value, form) for value, form in zip(figures, (".3f", ".3f", ".2f", ".1%", ".1f"), strict=True)]
+        names = ("seconds", ".3f"), ("rollout_s", ".3f"), ("completions_s", ".1f"), ("ratio", ".2f"), ("mfu", ".1%")
+        figures = row | {"ratio": ratio}
+        cells = [told(figures.get(name), form) for name, form in (*names, ("peak_gib", ".1f"))]
         cells[0] = row.get("refused", cells[0])
         table.add_row(*(row[name] for name in Leg._fields), *cells)
     Console(width=140).print(table)

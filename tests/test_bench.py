@@ -49,4 +49,5 @@ def test_four_steps_of_ours_and_of_transformers_arrive_at_the_same_numbers(tmp_p
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["side"] for row in found] == ["ours", "ours", "transformers"] * 2 + ["ours", "transformers"]
+    assert [row["side"] for row in found] == ["ours", "ours", "transformers"] * 3
+    assert all((row["completions_s"] is not None) == (row["kind"] == "grpo") for row in found)
