@@ -133,20 +133,25 @@ def test_eight_devices_draw_the_same_tokens_as_one(rollout_on):
 
 
 @pytest.fixture(scope="module")
-def grpo_on(config, rollout_on, meshes, started, settings):
-    graph, _ = model.build(config)
+def experience(rollout_on):
+    """On the host, what a GRPO update is given."""
     prompts, drawn = rollout_on(1)
     drawn = jax.tree.map(np.asarray, drawn)
     rng = np.random.default_rng(0)
     noise = lambda: rng.normal(size=drawn.logp_BJT.shape).astype(np.float32)  # noqa: E731
-    experience = grpo.Experience(
+    made = grpo.Experience(
         batch=sampling.branches(prompts, drawn, SAMPLES),
         mask_BJT=drawn.mask_BJT,
         old_logp_BJT=drawn.logp_BJT + 0.2 * noise(),  # some ratios are clipped
         ref_logp_BJT=drawn.logp_BJT + 0.5 * noise(),
         advantage_BJ=noise()[..., 0],
     )
-    experience = jax.tree.map(np.asarray, experience)
+    return jax.tree.map(np.asarray, made)
+
+
+@pytest.fixture(scope="module")
+def grpo_on(config, experience, meshes, started, settings):
+    graph, _ = model.build(config)
 
     @functools.lru_cache
     def compute(devices, accumulate):
@@ -165,6 +170,32 @@ def test_a_grpo_update_does_not_depend_on_devices_or_parts(grpo_on):
     assert want["kl"] > 0.01 and 0 < want["clip_ratio/region_mean"] < 1
     for name, value in stats.items():
         np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def adam_step(config, experience, params, settings):
+    """What AdamW makes of an experience: the state before, after, and what was told."""
+    graph, _ = model.build(config)
+    tx = optim.transformation(settings().optimizer, 9, params)
+    state = jax.jit(lambda params: optim.start(params, tx))(params)
+    step = jax.jit(functools.partial(grpo.update, graph, tx, settings()))
+    return lambda changed: (state, *step(state, {}, experience._replace(**changed), ALLOWED))
+
+
+BAD = [("advantage_BJ", bad) for bad in (np.nan, np.inf, -np.inf)]
+BAD += [("ref_logp_BJT", np.nan), ("ref_logp_BJT", np.inf), ("old_logp_BJT", np.nan)]
+
+
+@pytest.mark.parametrize(("field", "bad"), BAD)
+def test_one_bad_number_of_an_experience_reaches_neither_weights_nor_moments(experience, adam_step, field, bad):
+    spoilt = getattr(experience, field).copy()
+    spoilt[np.unravel_index(np.flatnonzero(experience.mask_BJT)[-1], experience.mask_BJT.shape)[: spoilt.ndim]] = bad
+    before, after, stats = adam_step({field: spoilt})
+    assert int(stats["skipped_steps"]) == 1 and int(after.step) == 1
+    same = jax.tree.map(np.array_equal, after[1:3], before[1:3])
+    assert all(jax.tree.leaves(same))
+    _, taken, stats = adam_step({})
+    assert int(stats["skipped_steps"]) == 0 and not np.array_equal(taken.params["head"], before.params["head"])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
