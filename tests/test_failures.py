@@ -20,6 +20,7 @@ import toy
 
 from surgery_r1_jax import errors, hosts, saves
 
+pytestmark = pytest.mark.survival
 TESTS = Path(__file__).parent
 
 

@@ -14,6 +14,7 @@ import pytest
 from surgery_r1_jax import cli, errors, hosts, launchers
 from surgery_r1_jax.launchers import Place
 
+pytestmark = pytest.mark.survival
 HOME = Path(__file__).resolve().parents[1]
 SLURM = dict(SLURM_JOB_ID="4100", SLURM_NTASKS="4", SLURM_PROCID="2", SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="4")
 OPEN_MPI = dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="1")

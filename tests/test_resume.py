@@ -37,6 +37,7 @@ from surgery_r1_jax import (
     sums,
 )
 
+pytestmark = pytest.mark.survival
 STEPS = 5
 
 

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from surgery_r1_jax import errors, options, plan, stream
 from surgery_r1_jax.plan import Row, Size
 
+pytestmark = pytest.mark.survival
+
 
 def planned(lengths, frames=4, most=3, weights=(1.0,)):
     """A plan for rows of one branch, whose lengths are given for each source; rows are numbered through."""
