@@ -4,8 +4,9 @@
     stops   one process trains a tiny model by the command line and gets SIGTERM at a named place, every third time
             twice; it has to leave with status 75 and one line within half a minute, or be done with its last step, and
             with --resume auto arrive, bit for bit, where a run arrives that was never disturbed
-    soak    one process trains for so many minutes, saving and evaluating all the time; its memory may grow by a
-            megabyte in a thousand steps, its threads, open files and blocks of shared memory not at all
+    soak    one process trains for so many minutes, saving and evaluating all the time; its memory and that of its
+            worker may grow by a megabyte in a thousand steps, its threads, open files, blocks of shared memory and
+            temporary files not at all
     lost    one run is killed so many times, the first time before its first checkpoint, and started anew with
             --resume auto after pauses; what its files tell of the time at work, lost, down and in saves is held against
             another clock, which sees the processes from outside: within 5 %, or within a second where that is more
@@ -16,6 +17,8 @@ Each prints what was tried and what of it failed; the exit status is 1 if anythi
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import signal
@@ -31,6 +34,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 LIMIT_S, STEPS = 30, 6
 STEP_S, SAVE_S, SAVE_EVERY, PAUSE_S = 0.5, 2.0, 100, 8.0  # of the run that is killed; it sleeps so long more
+HELD = ("threads", "open files", "blocks of shared memory", "temporary files")  # that a soak counts
 SHARED = ("start", "ready", "data", "step", "save", "evaluation")
 WHERE = {"sft": SHARED, "grpo": (*SHARED, "rollout", "reward")}
 CALLS = {"start": (1,), "ready": (1,), "save": (1, 2), "evaluation": (1, 2)}  # of other places any step's
@@ -126,38 +130,47 @@ def prove_stops(folder: Path, count: int) -> int:
     return failed
 
 
-def held(pid: int) -> tuple[float, int, int, int]:
-    """What a process holds: megabytes, threads, open files, blocks of shared memory."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    files = len(os.listdir(f"/proc/{pid}/fd"))
+def held(pid: int, temporary: Path) -> tuple[float, float, int, int, int, int]:
+    """Megabytes of a run, those of its workers, and how many it holds of each of `HELD`."""
+    workers = 0.0
+    with contextlib.suppress(OSError):  # a thread or a worker has just ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            workers += sum(megabytes(int(child)) for child in (thread / "children").read_text().split())
+    threads, files = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("task", "fd"))
     shared = sum(not name.startswith("sem.") for name in os.listdir("/dev/shm"))
-    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), files, shared
+    return megabytes(pid), workers, threads, files, shared, sum(1 for _ in temporary.rglob("*"))
 
 
-def prove_soak(folder: Path, minutes: float) -> int:
+def megabytes(pid: int) -> float:
+    """What a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def prove_soak(folder: Path, minutes: float, kind: str) -> int:
     """Train for long; whether anything grew."""
     from surgery_r1_jax import log
 
     prepare(folder, workers=1, steps=10_000_000, eval_every=500, save_every=250, log_every=10)
-    out = folder / "run"
-    words = ["sft", "--config", str(folder / "sft.yaml"), "--out", str(out)]
+    out, temporary = folder / "run", folder / "temporary"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = str(temporary)
+    words = [kind, "--config", f"{folder}/{kind}.yaml", "--out", str(out)]
     process, rows, began = command(folder, ["-m", "surgery_r1_jax.cli", *words]), [], time.monotonic()
     while process.poll() is None and time.monotonic() - began < 60 * minutes:
         time.sleep(5)
         if (out / "metrics.jsonl").is_file() and (logged := log.read_metrics(out / "metrics.jsonl")[-1:]):
-            rows.append((logged[0]["step"], *held(process.pid)))
+            rows.append((logged[0]["step"], *held(process.pid, temporary)))
     process.send_signal(signal.SIGTERM)
     told = process.communicate()[1]
     late = np.array(rows[len(rows) // 3 :], float)  # by then every program was compiled and every cache filled
-    slope = 1000 * np.polyfit(late[:, 0], late[:, 1], 1)[0]
+    ours, workers = (1000 * np.polyfit(late[:, 0], late[:, i], 1)[0] for i in (1, 2))
     # Files and blocks go when Python collects its garbage: what leaks raises the least that is ever held.
-    first, _, last = (part.min(axis=0) for part in np.array_split(late[:, 2:], 3))
-    good = process.returncode == 75 and slope <= 1 and bool(np.all(last <= 1.1 * first))
-    threads, files, shared = (f"{int(a)}, then {int(b)}" for a, b in zip(first, last, strict=True))
+    first, _, last = (part.min(axis=0) for part in np.array_split(late[:, 3:], 3))
+    good = process.returncode == 75 and max(ours, workers) <= 1 and bool(np.all(last <= 1.1 * first))
+    least = "; ".join(f"{name} {int(a)}, then {int(b)}" for name, a, b in zip(HELD, first, last, strict=True))
     print(
-        f"soak: {int(late[-1, 0]):,} steps in {minutes:g} minutes; memory grew by {slope:.2f} MB in 1,000 steps; "
-        f"at least held: threads {threads}; open files {files}; blocks {shared}"
-        f"{'' if good else '  FAILED ' + told[-500:]}"
+        f"soak: {kind}, {int(late[-1, 0]):,} steps in {minutes:g} minutes; memory grew by {ours:.2f} MB "
+        f"in 1,000 steps, that of workers by {workers:.2f}; at least held: {least}{'' if good else '  FAILED ' + told[-500:]}"
     )
     return not good
 
@@ -253,10 +266,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="new folder")
     parser.add_argument("--stops", type=int, default=84, help="signals to send (default: %(default)s)")
     parser.add_argument("--soak", type=float, default=120, help="minutes to train (default: %(default)s)")
+    parser.add_argument("--soaked", default="sft", choices=sorted(WHERE), help="what trains so long (default: sft)")
     parser.add_argument("--lost", type=int, default=3, help="kills of one run (default: %(default)s)")
     arguments = parser.parse_args()
     failed = 0
-    for name, prove in (("stops", prove_stops), ("soak", prove_soak), ("lost", prove_lost)):
+    soak = functools.partial(prove_soak, kind=arguments.soaked)
+    for name, prove in (("stops", prove_stops), ("soak", soak), ("lost", prove_lost)):
         if much := getattr(arguments, name):
             (arguments.work / name).mkdir(parents=True)
             failed += prove(arguments.work / name, much)
