@@ -249,6 +249,7 @@ def train(
 
     owed = milestones.owed(out, plan, reached, settings.evaluation.split)
     run.check_profile(profile, reached + 1, plan)
+    names = lambda step: run.frame_names(frames, stream.rows(step - 1))  # noqa: E731
     key = jax.random.key(settings.seed)
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     counted = dict(most=settings.sampler.max_tokens, updates=settings.updates, reference=held_against)
@@ -257,7 +258,7 @@ def train(
         run.open_log(out, "grpo", plan, reached if resume else None) as journal,
         stream.starting(reached, lambda pair: (sharding.put_batch(pair[0], runner.mesh), *pair)) as data,
         speed.Clock(runner.mesh.devices) as clock,
-        run.Steps(out, reached + 1, plan, journal, clock, profile) as steps,
+        run.Steps(out, reached + 1, plan, journal, clock, names, profile) as steps,
     ):
         for line in stream.plan.lines():
             journal.say(line)

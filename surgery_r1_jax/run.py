@@ -33,6 +33,8 @@ from surgery_r1_jax import (
     speed,
     vocabulary,
 )
+from surgery_r1_jax.plan import Row
+from surgery_r1_jax.records import Frame
 
 
 class Setup(NamedTuple):
@@ -194,13 +196,11 @@ def open_log(out: Path, description: str, plan: options.Schedule, resume_step: i
     )
 
 
-def check_sound(step: int, stats: dict, settings: options.Schedule) -> None:
-    """Stop a run whose numbers have gone bad. Raises NumericError."""
-    if int(stats["skipped_in_a_row"]) >= settings.max_bad_steps:
-        raise errors.NumericError(
-            f"step {step}: loss or gradient was not finite {settings.max_bad_steps} times in a row; nothing of it was "
-            "kept. Lower the learning rate or look at the data, then go on from the last checkpoint with --resume"
-        )
+def frame_names(frames: Sequence[Frame], rows: Sequence[Row], most: int = 8) -> str:
+    """The frames of a batch, for a message."""
+    names = list(dict.fromkeys(frames[row.frame].id for row in rows))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def check_profile(profile: tuple[int, int] | None, first: int, plan: options.Schedule) -> None:
@@ -213,8 +213,8 @@ def check_profile(profile: tuple[int, int] | None, first: int, plan: options.Sch
 class Steps:
     """The steps of a run, to be iterated over; a context manager.
 
-    Statistics are read when the next step is under way, so that the device never waits for the log. `profile` names
-    the first and the last step of which a trace is written, to `out`/profile.
+    Statistics are read when the next step is under way, so that the device never waits for the log. `names` tells the
+    frames of a step. `profile` names the first and the last step of which a trace is written, to `out`/profile.
     """
 
     def __init__(
@@ -224,9 +224,11 @@ class Steps:
         plan: options.Schedule,
         journal: log.RunLog,
         clock: speed.Clock,
+        names: Callable[[int], str],
         profile: tuple[int, int] | None = None,
     ):
-        self._folder, self._first, self._plan, self._journal, self._clock = out / "profile", first, plan, journal, clock
+        self._out, self._first, self._plan, self._journal, self._clock = out, first, plan, journal, clock
+        self._names = names
         self._profile, self._tracing, self._open = profile or (0, 0), None, None
 
     def __enter__(self) -> "Steps":
@@ -255,12 +257,26 @@ class Steps:
         self._clock.did(done)
         if step % self._plan.log_every == 0 or step == self._plan.steps:
             self._journal.metrics(step, jax.device_get(stats) | self._clock.line())
-        check_sound(step, stats, self._plan)
+        self._check(step, int(stats["skipped_in_a_row"]))
+
+    def _check(self, step: int, bad: int) -> None:
+        """Tell of a step that was left out, and stop a run whose numbers have gone bad."""
+        if not bad:
+            return
+        frames = f"loss or gradient of step {step} was not finite, of frames {self._names(step)}"
+        if bad < self._plan.max_bad_steps:
+            self._journal.say(f"{frames}; it was left out")
+            return
+        last = saves.last_step(self._out)
+        raise errors.NumericError(
+            f"{frames}; that was {bad} times in a row and nothing of it was kept. Lower the learning rate or look at "
+            f"the data, then {f'go on from step {last} with --resume' if last else 'start anew: nothing was saved'}"
+        )
 
     def _trace(self, wanted: bool) -> None:
         if wanted and not self._tracing:
             self._tracing = contextlib.ExitStack()
-            self._tracing.enter_context(traced(self._folder))
+            self._tracing.enter_context(traced(self._out / "profile"))
         elif self._tracing and not wanted:
             self.settle()
             self._tracing.close()

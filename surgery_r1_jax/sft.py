@@ -90,6 +90,7 @@ def train(
     take_step = run.keep_layout(functools.partial(train_step, setup.graph, tx, settings=settings), state)
     owed = milestones.owed(out, plan, reached, settings.evaluation.split)
     run.check_profile(profile, reached + 1, plan)
+    names = lambda step: run.frame_names(frames, stream.rows(step - 1))  # noqa: E731
     cost = flops.of_model(setup.model, settings.lora, settings.optimizer.rates)
     put = lambda host: (sharding.put_batch(host, runner.mesh), speed.supervised(host, cost))  # noqa: E731
     with (
@@ -97,7 +98,7 @@ def train(
         run.open_log(out, "sft", plan, reached if resume else None) as journal,
         stream.starting(reached, put) as data,
         speed.Clock(runner.mesh.devices) as clock,
-        run.Steps(out, reached + 1, plan, journal, clock, profile) as steps,
+        run.Steps(out, reached + 1, plan, journal, clock, names, profile) as steps,
     ):
         for line in stream.plan.lines():
             journal.say(line)

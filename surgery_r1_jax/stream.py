@@ -94,7 +94,8 @@ class Stream:
             places = range(number * frames, (number + 1) * frames)
             return batch.stack([example(row, shape, at) for row, at in zip(rows[part], places[part], strict=True)])
 
-        self._batches = grain.MapDataset.select_from_datasets(lists, self._turns).map_with_index(make)
+        self._drawn = grain.MapDataset.select_from_datasets(lists, self._turns)
+        self._batches = self._drawn.map_with_index(make)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -104,6 +105,10 @@ class Stream:
     def __getitem__(self, number: int):
         """One batch."""
         return self._batches[number]
+
+    def rows(self, number: int) -> list[Row]:
+        """The rows of one batch, on all processes."""
+        return self._drawn[number][1]
 
     def first_of(self, bucket: int) -> int:
         """Number of the first batch of a bucket."""

@@ -25,6 +25,7 @@ from surgery_r1_jax import (
     config,
     errors,
     evaluate,
+    examples,
     grpo,
     log,
     milestones,
@@ -264,19 +265,31 @@ def test_the_two_last_checkpoints_and_the_best_parameters_are_kept(place, tmp_pa
     assert sums.digest(last) == sums.digest(state["params"]) != sums.digest(best)
 
 
-def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(place, tmp_path, monkeypatch):
-    put_batch, seen = sharding.put_batch, []
+def test_three_bad_batches_in_a_row_end_the_run_and_leave_a_sound_checkpoint(place, tmp_path, monkeypatch, capsys):
+    put_batch, training, seen, ids = sharding.put_batch, examples.Encoder.training, [], {}
+
+    def noted(encoder, frame, *rest):
+        example = training(encoder, frame, *rest)
+        ids[example.patches_BWSC.tobytes()] = frame.id
+        return example
 
     def spoilt(batch, mesh):
-        seen.append(1)
+        seen.append([ids[patches.tobytes()] for patches in batch.patches_BWSC])
         if len(seen) > 1:
             batch = batch._replace(patches_BWSC=np.full_like(batch.patches_BWSC, np.inf))
         return put_batch(batch, mesh)
 
+    monkeypatch.setattr(examples.Encoder, "training", noted)
     monkeypatch.setattr(sharding, "put_batch", spoilt)
     schedule = options.Schedule(steps=STEPS, save_every=3, log_every=1)
-    with pytest.raises(errors.NumericError, match="step 4: loss or gradient was not finite 3 times in a row"):
+    with pytest.raises(errors.NumericError) as ended:
         sft.train(sft_settings(place, schedule=schedule), tmp_path)
+    frames = [", ".join(dict.fromkeys(batch)) for batch in seen]
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    bad = "loss or gradient of step {} was not finite, of frames {}"
+    assert said == [f"{bad.format(step, frames[step - 1])}; it was left out" for step in (2, 3)]
+    assert str(ended.value).startswith(f"{bad.format(4, frames[3])}; that was 3 times in a row and nothing of it was")
+    assert str(ended.value).endswith("then go on from step 3 with --resume")
     state = ocp.StandardCheckpointer().restore((tmp_path / "checkpoints" / "3" / "state").absolute())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert int(state["step"]) == 3 and int(state["skipped"]) == int(state["skipped_in_a_row"]) == 2
