@@ -100,7 +100,12 @@ def find(
     for one in running:
         if one is SKYPILOT and _on_tpu(environ):
             break  # it may number hosts otherwise than the TPU does
-        if one.where in environ and _whole(one.count, environ) > 1:
+        if _whole(one.count, environ) <= 1:
+            continue
+        if one is OPEN_MPI and one.where not in environ and not _on_tpu(environ):  # as of version 5
+            told = f"{one.count} is {environ[one.count]}, but no variable tells the machine of process 0"
+            raise InputError(f"{told}; set JAX_COORDINATOR_ADDRESS to HOST:PORT of it, the same for all")
+        if one.where in environ:
             address = one.address(environ[one.where], environ)
             if port := environ.get("JAX_COORDINATOR_PORT"):
                 address = f"{address.rpartition(':')[0]}:{port}"

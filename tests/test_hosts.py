@@ -44,7 +44,8 @@ JAX = dict(JAX_COORDINATOR_ADDRESS="train-workers-0-0.train:8476", JAX_NUM_PROCE
             SLURM | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "3"},
             Place("n1:61444", 4, 2),
         ),
-        (OPEN_MPI, None),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "n1:99"}, Place("n1:99", 4, 3)),
         (
             OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://10.96.0.1,10.148.0.1:34911"},
             Place("10.96.0.1:62880", 4, 3),
@@ -99,6 +100,11 @@ def test_a_tpu_is_left_to_jax_and_goes_before_skypilot(monkeypatch):
         ("", JAX, "JAX_COORDINATOR_ADDRESS is set and JAX_PROCESS_ID is not"),
         ("", JAX | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID: expected a whole number, given '-1'"),
         ("", JAX | {"JOB_COMPLETION_INDEX": "4"}, "JOB_COMPLETION_INDEX: 4 processes are counted from 0 to 3, given 4"),
+        (
+            "",
+            OPEN_MPI,
+            "no variable tells the machine of process 0; set JAX_COORDINATOR_ADDRESS to HOST:PORT",
+        ),
         ("", OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "?"}, "OMPI_MCA_orte_hnp_uri is ?; set JAX_COORDINATOR_ADDRESS"),
     ],
 )
