@@ -6,15 +6,17 @@
             arrive at the checkpoint and the log of a run that was never disturbed, bit for bit
     commits the same, but one of the two meets a full disk, or another error, from some call of a save on; both have to
             end within that time, with one line each, and no step may look whole but those before it
-    kills   a save is killed at every so-many-th call that changes something on disk; every third time one of the best
-            parameters, else a checkpoint
+    kills   a save is killed at every so-many-th call that changes something on disk: half of them saves of the best
+            parameters, the others of a checkpoint
     full    a save meets a full disk, or another error, from some such call on; as many of both
+    lives   a whole run is killed so many times, at any such call of it, and started again with --resume auto; it has
+            to lose no more than the steps since a checkpoint was due, and to arrive where the undisturbed one does
     bits    one bit of a checkpoint is turned, or a file of it cut or removed
     sums    what part of the time of restoring a state of so many gigabytes its sums take; fails nothing
 
 Each prints what was tried and what of it failed; the exit status is 1 if anything did. Needs Linux and a C compiler.
 
-.venv/bin/python scripts/prove_failures.py --work /tmp/failures --hosts 20 --kills 200 --bits 500
+.venv/bin/python scripts/prove_failures.py --work /tmp/failures --hosts 20 --kills 240 --bits 500
 """
 
 import argparse
@@ -210,8 +212,8 @@ def await_signal(pid: int) -> float:
         time.sleep(0.02)
 
 
-def struck_saves(work: Path, what: str, fault: str, points: list[float], good) -> tuple[int, int]:
-    """How many saves were struck, and how many of them were not as they should."""
+def struck_saves(work: Path, what: str, fault: str, points: list[float], good) -> tuple[int, int, int]:
+    """How many saves were struck, at how many different calls, and how many of them were not as they should."""
     folder = work / f"{what}_{fault}"
     folder.mkdir()
     environ = os.environ | {"LD_PRELOAD": str(shim(work)), "PYTHONPATH": str(HOME), "JAX_PLATFORMS": "cpu"}
@@ -229,7 +231,7 @@ def struck_saves(work: Path, what: str, fault: str, points: list[float], good) -
     wrong += [line for line in lines if line["ended"] == 0 and line.get("step") != 3]
     for line in wrong:
         print(f"  FAILED: {line}")
-    return len(struck), len(wrong)
+    return len(struck), len({line["call"] for line in struck}), len(wrong)
 
 
 def shim(work: Path) -> Path:
@@ -244,17 +246,72 @@ def shim(work: Path) -> Path:
 def prove_saves(work: Path, kills: int) -> int:
     """Kill saves and let them fail; how often not all was well afterwards."""
     failed = 0
-    for what, count in (("checkpoints", kills - kills // 3), ("best", kills // 3)):
+    for what, count in (("checkpoints", kills - kills // 2), ("best", kills // 2)):
         points = [n / max(1, count - 1) for n in range(count)]
-        tried, wrong = struck_saves(work, what, "kill", points, lambda line: line["ended"] == -9)
-        print(f"kills: {what}, {tried} of a save's calls, {wrong} failed")
+        tried, calls, wrong = struck_saves(work, what, "kill", points, lambda line: line["ended"] == -9)
+        print(f"kills: {what}, {tried} at {calls} different calls of a save, {wrong} failed")
         failed += wrong
         for error in ERRORS:
             told = lambda line: line["ended"] == 1 and "not saved: " in line["told"] and "\n" not in line["told"]  # noqa: E731
-            tried, wrong = struck_saves(work, what, error, [n / 10 for n in range(10)], told)
+            tried, _, wrong = struck_saves(work, what, error, [n / 10 for n in range(10)], told)
             print(f"full: {what}, {error} from {tried} calls on, {wrong} failed")
             failed += wrong
     return failed
+
+
+def prove_lives(work: Path, count: int) -> int:
+    """Kill a run again and again; how often not all was well."""
+    import toy
+
+    folder = work / "lives"
+    prepare(folder)
+    environ, began, lives = toy.environ(folder) | {"LD_PRELOAD": str(shim(work))}, time.monotonic(), []
+    words = [sys.executable, __file__, "lives", str(folder), str(count)]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            lives.append(json.loads(line))
+            print(f"  {len(lives):3} {line.rstrip()}  {time.monotonic() - began:.0f} s")
+    killed = [life for life in lives if life["ended"] == -signal.SIGKILL]
+    runs = sum(life["ended"] == 0 for life in lives)
+    failed = sum(not life["good"] for life in lives) + process.returncode
+    lost, calls = max(life["lost"] for life in lives), len({life["call"] for life in killed})
+    print(f"lives: {runs} runs killed {len(killed)} times at {calls} different calls, {failed} not well; ", end="")
+    print(f"they lost {lost} steps at most")
+    return failed
+
+
+def live(folder: Path, count: int) -> None:
+    """Runs that are killed at calls to the disk, each life a child; a JSON line of each. The shim is preloaded."""
+    import faults
+    import toy
+
+    from surgery_r1_jax import cli, grpo, log, saves, sft  # noqa: F401 -- once for all children
+
+    shim, rng, killed = ctypes.CDLL(None), random.Random(7), 0
+
+    def life(out: Path, call: int) -> int:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        shim.faults_arm(str(out).encode(), ctypes.c_long(call), 0)
+        status = cli.main(["sft", "--config", f"{folder}/sft.yaml", "--out", str(out), "--resume", "auto"])
+        assert status == 0, status
+        return shim.faults_count()
+
+    status, calls = faults.forked(life, folder / "plain", 1 << 40)
+    assert status == 0, calls
+    wanted, out = toy.result(folder / "plain", STEPS), folder / "run"
+    while killed < count or out.exists():
+        call = rng.randint(1, int(calls)) if killed < count else 1 << 40
+        ended, _ = faults.forked(life, out, call)
+        killed += ended == -signal.SIGKILL
+        rows = log.read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+        lost = max([row["step"] for row in rows], default=0) - (saves.last_step(out) or 0)
+        good = ended in (0, -signal.SIGKILL) and lost <= SAVE_EVERY
+        if ended != -signal.SIGKILL:
+            left = [path for path in out.glob("*/*") if "tmp" in path.name]
+            good = good and not left and toy.result(out, STEPS) == wanted
+            shutil.rmtree(out)
+        print(json.dumps({"call": call, "ended": ended, "lost": lost, "good": good}), flush=True)
 
 
 def prove_bits(work: Path, count: int) -> int:
@@ -344,7 +401,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="new folder")
     parser.add_argument("--hosts", type=int, default=20, help="hosts to lose (default: %(default)s)")
     parser.add_argument("--commits", type=int, default=20, help="commits to fail (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=240, help="saves to kill (default: %(default)s)")
+    parser.add_argument("--lives", type=int, default=200, help="lives of runs to end (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=500, help="bits to turn (default: %(default)s)")
     parser.add_argument("--gigabytes", type=int, default=0, help="state whose sums to time (default: none)")
     arguments = parser.parse_args()
@@ -356,6 +414,8 @@ def main() -> int:
         failed += prove_bits(arguments.work, arguments.bits)
     if arguments.kills:
         failed += prove_saves(arguments.work, arguments.kills)
+    if arguments.lives:
+        failed += prove_lives(arguments.work, arguments.lives)
     if arguments.commits:
         failed += prove_commits(arguments.work, arguments.commits)
     if arguments.hosts:
@@ -367,4 +427,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["host"]:
         sys.exit(host(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]))
+    if sys.argv[1:2] == ["lives"]:
+        sys.exit(live(Path(sys.argv[2]), int(sys.argv[3])))
     sys.exit(main())
