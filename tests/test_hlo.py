@@ -8,7 +8,7 @@ import randomised
 from jax.sharding import NamedSharding, PartitionSpec
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import hlo, model, options, programs, sft, sharding
+from surgery_r1_jax import hf, hlo, model, options, programs, sft, sharding
 from surgery_r1_jax.batch import Shape
 
 LOOPS = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -75,15 +75,19 @@ def test_a_stack_spread_over_two_axes_may_not_be_gathered_along_one():
         assert bool(hlo.whole_stacks(f"f32[{dims}]", stack)) == whole
 
 
-@pytest.fixture(scope="module")
-def job():
-    """SFT of a tiny model on eight devices; no two extents are alike, so that a shape tells what an array is."""
-    config = randomised.config()
+def unlike(config, **tower):
+    """The configuration with no two extents alike, so that a shape tells what an array is."""
     text = dict(hidden_size=88, intermediate_size=152, num_hidden_layers=5, head_dim=20, rope_axes=(0, 1) * 5)
-    tower = dict(hidden_size=56, intermediate_size=104, out_hidden_size=88, depth=10, fullatt_block_indexes=(4, 9))
-    config = dataclasses.replace(
+    tower |= dict(hidden_size=56, intermediate_size=104, out_hidden_size=88)
+    return dataclasses.replace(
         config, text=dataclasses.replace(config.text, **text), vision=dataclasses.replace(config.vision, **tower)
     )
+
+
+@pytest.fixture(scope="module")
+def job():
+    """SFT of a tiny model on eight devices."""
+    config = unlike(randomised.config(), depth=10, fullatt_block_indexes=(4, 9))
     settings = options.SFT(model="-", data=options.Data(root="-", frames=4), compute=options.Compute(remat=True))
     extents = Shape(windows=0, prefix=0, lanes=3, lane_tokens=10, scored=12)
     batch = programs.blank_batch(config, (84, 56), 5, extents, 4)
@@ -106,6 +110,22 @@ def test_no_program_of_grpo_holds_a_stack_whole(job):
         text = program.lower().compile().as_text()
         assert hlo.whole_stacks(text, stacks) == {}, name
         assert hlo.collectives(text)["all-gather"].count > 20, name
+
+
+@pytest.mark.parametrize("kind", ["adapters", "qwen3_vl"])
+def test_nor_does_one_of_adapters_or_of_qwen3_vl(job, tmp_path, kind):
+    if kind == "adapters":
+        job = job._replace(settings=job.settings.model_copy(update={"lora": options.Lora(rank=6, base="bfloat16")}))
+    else:
+        randomised.configuration(kind, tied=False).save_pretrained(tmp_path)
+        config = unlike(hf.read_config(tmp_path), depth=9, deep_layers=(2, 5), fullatt_block_indexes=tuple(range(9)))
+        extents = Shape(windows=0, prefix=0, lanes=3, lane_tokens=10, scored=12)
+        job = job._replace(architecture=config, batch=programs.blank_batch(config, (96, 64), 5, extents, 4))
+    (update,) = programs.of(job).values()
+    text, stacks = update.lower().compile().as_text(), programs.stacks(job)
+    assert len(stacks) == {"adapters": 26, "qwen3_vl": 13}[kind]
+    assert hlo.whole_stacks(text, stacks) == {}
+    assert hlo.collectives(text)["all-gather"].count > 20
 
 
 def test_no_step_holds_a_stack_whole_and_one_that_does_is_found(job):

@@ -249,6 +249,26 @@ def test_data_sets_are_made_on_a_bucket(bucket, tmp_path, capsys):
 
 
 @needs_bucket
+def test_what_is_only_looked_at_may_lie_on_a_bucket(bucket, tmp_path, capsys):
+    seen = toy.write_start(tmp_path / "seen", frames=4)
+    put(seen, f"{bucket}/seen")
+    (tmp_path / "sft.yaml").write_text("data: {frames: 2, questions: 2}\n")
+    image = next((seen / "data").rglob("*.png"))
+    commands = [
+        "data check {root}/data --model {root}/start",
+        f"doctor --config {tmp_path}/sft.yaml --model={{root}}/start --data.root={{root}}/data",
+        "doctor --checkpoint {root}/start",
+        f"ask --checkpoint {{root}}/start --image {image} Where?",
+    ]
+    for words in commands:
+        said = []
+        for root in (f"{bucket}/seen", str(seen)):
+            assert cli.main(words.format(root=root).split()) == 0, capsys.readouterr().err
+            said.append(capsys.readouterr().out.replace(root, "ROOT"))
+        assert said[0] == said[1] != "", words
+
+
+@needs_bucket
 def test_a_trace_is_put_on_a_bucket(bucket):
     with run.traced(places.place(f"{bucket}/traced/profile")):
         jax.numpy.arange(3.0).block_until_ready()
