@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -61,12 +62,12 @@ def victim(place: str, call: int, words: list[str]) -> int:
     return cli.main(words)
 
 
-def command(folder: Path, words: list[str]) -> subprocess.Popen:
+def command(folder: Path, words: list[str], **where: IO) -> subprocess.Popen:
     """Start a program of ours."""
     import toy
 
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *words], env=toy.environ(folder), **pipes)
+    where = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | where
+    return subprocess.Popen([sys.executable, *words], env=toy.environ(folder), text=True, **where)
 
 
 def prepare(folder: Path, **schedule: int) -> None:
@@ -155,13 +156,20 @@ def prove_soak(folder: Path, minutes: float, kind: str) -> int:
     temporary.mkdir()
     os.environ["TMPDIR"] = str(temporary)
     words = [kind, "--config", f"{folder}/{kind}.yaml", "--out", str(out)]
-    process, rows, began = command(folder, ["-m", "surgery_r1_jax.cli", *words]), [], time.monotonic()
-    while process.poll() is None and time.monotonic() - began < 60 * minutes:
-        time.sleep(5)
-        if (out / "metrics.jsonl").is_file() and (logged := log.read_metrics(out / "metrics.jsonl")[-1:]):
-            rows.append((logged[0]["step"], *held(process.pid, temporary)))
-    process.send_signal(signal.SIGTERM)
-    told = process.communicate()[1]
+    rows, began = [], time.monotonic()
+    with open(folder / "told", "w+") as file:  # a pipe that nobody reads would stop the run once it is full
+        process = command(folder, ["-m", "surgery_r1_jax.cli", *words], stdout=file, stderr=file)
+        while process.poll() is None and time.monotonic() - began < 60 * minutes:
+            time.sleep(5)
+            if (out / "metrics.jsonl").is_file() and (logged := log.read_metrics(out / "metrics.jsonl")[-1:]):
+                rows.append((logged[0]["step"], *held(process.pid, temporary)))
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        file.seek(0)
+        told = file.read()
+    if rows[-1][0] == rows[-len(rows) // 10][0]:
+        print(f"soak: {kind} stood still at step {rows[-1][0]:,}  FAILED\n{told[-500:]}")
+        return True
     late = np.array(rows[len(rows) // 3 :], float)  # by then every program was compiled and every cache filled
     ours, workers = (1000 * np.polyfit(late[:, 0], late[:, i], 1)[0] for i in (1, 2))
     # Files and blocks go when Python collects its garbage: what leaks raises the least that is ever held.
