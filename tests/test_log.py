@@ -123,6 +123,7 @@ def told(directory):
     return [(row["elapsed_s"], row["lost_s"], row["down_s"]) for row in rows]
 
 
+@pytest.mark.survival
 def test_work_lost_and_down_time_add_up_to_the_time_on_the_wall(tmp_path, clock):
     start = clock.now
     # first step, last step, resumed step, seconds before the session

@@ -186,6 +186,7 @@ BAD = [("advantage_BJ", bad) for bad in (np.nan, np.inf, -np.inf)]
 BAD += [("ref_logp_BJT", np.nan), ("ref_logp_BJT", np.inf), ("old_logp_BJT", np.nan)]
 
 
+@pytest.mark.survival
 @pytest.mark.parametrize(("field", "bad"), BAD)
 def test_one_bad_number_of_an_experience_reaches_neither_weights_nor_moments(experience, adam_step, field, bad):
     spoilt = getattr(experience, field).copy()

@@ -226,6 +226,7 @@ def test_where_nothing_is_trained_there_is_nothing_to_fetch(params):
     assert same_bytes(state.params, params) and int(state.step) == 1
 
 
+@pytest.mark.survival
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_bad_loss_or_any_bad_gradient_leaf_leaves_everything_bitwise(params, kind, bad):
