@@ -19,7 +19,7 @@ class NumericError(Exception):
 
 
 class StorageError(Exception):
-    """A disk did not take what was to be kept. The message says what is lost, what is not, and the remedy."""
+    """A disk or a bucket did not do what it may do the next time. The message says what is lost and the remedy."""
 
     exit_status = 1
 

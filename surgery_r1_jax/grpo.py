@@ -186,6 +186,19 @@ def update_step(graph, tx, settings: options.GRPO, state, frozen, experience: Ex
     return update(graph, tx, settings, state, frozen, jax.tree.map(cut, experience), allowed_V)
 
 
+@jax.jit
+def _over_updates(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    how = {"min": jnp.min, "max": jnp.max, "skipped_steps": jnp.max, "skipped_in_a_row": jnp.max}
+    return {
+        name: how.get(name.rpartition("/")[2], jnp.mean)(jnp.stack([told[name] for told in stats])) for name in stats[0]
+    }
+
+
+def over_updates(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The statistics of all updates on one rollout: means, extremes, and the most that were left out in a row."""
+    return _over_updates(stats) if len(stats) > 1 else stats[0]
+
+
 def sample(runner: evaluate.Runner, settings: options.GRPO, params, prompts, gold, key, clock: speed.Clock):
     """Draw, grade and judge the completions of a batch; flat groups are drawn anew as often as configured.
 
@@ -279,9 +292,13 @@ def train(
                 if reference is not None:
                     ref_logp = reference_logp(reference_graph, settings, reference, batch, allowed_V)
                 experience = Experience(batch, mask_BJT, drawn.logp_BJT, ref_logp, compared.value_BJ)
+                updates = []
                 for part in list(range(settings.minibatches)) * settings.updates:
-                    state, more = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
-                steps.dispatched(step, stats | more, speed.reinforced(host_prompts, length_BJ, cost, **counted))
+                    state, told = take_step(state, setup.frozen, experience, allowed_V, np.int32(part))
+                    updates.append(told)
+                steps.dispatched(
+                    step, stats | over_updates(updates), speed.reinforced(host_prompts, length_BJ, cost, **counted)
+                )
                 steps.settle()  # the next rollout needs this update anyway
             if plan.evaluates(step):
                 journal.table(step, completions(graded, earned, frames, gold, settings))

@@ -45,7 +45,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from surgery_r1_jax import places
-from surgery_r1_jax.errors import InputError, naming, printable
+from surgery_r1_jax.errors import InputError, StorageError, naming, printable
 
 LIVE = (
     "loss",
@@ -103,9 +103,9 @@ class RunLog:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *about) -> None:
         if self.enabled:
-            self._stack.close()
+            self._stack.__exit__(*about)
 
     def metrics(self, step: int, values: Mapping[str, Any], split: str = "train") -> None:
         """Write the numbers of a step (scalars of any library); those of "train" move the progress bar."""
@@ -127,11 +127,24 @@ class RunLog:
     def keep(self) -> None:
         """See that what was logged is where the checkpoints are; to be called before one is saved.
 
-        A run folder on a bucket gets its log at such times, and at the end, for objects cannot be appended to.
+        A run folder on a bucket gets its log at such times, and at the end, for objects cannot be appended to. A
+        bucket that is out of reach gets it the next time; only at the end of a run is that an error.
         """
         if self.enabled and self._mirror:
-            self._mirror.put()
+            try:
+                self._mirror.put()
+            except StorageError as problem:
+                self.say(f"the log follows later: {problem}")
             self._next_keep_s = time.monotonic() + KEEP_EVERY_S
+
+    def _keep_last(self, kind: type[BaseException] | None, *_: object) -> None:
+        """`keep`, at the end: raises StorageError, unless something else ends the run."""
+        try:
+            self._mirror.put()
+        except StorageError as problem:
+            if kind is None:
+                raise
+            self.say(f"the end of the log is lost: {problem}")
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
@@ -178,7 +191,7 @@ class RunLog:
             self._here = stack.enter_context(places.scratch())
             self._mirror = places.Mirror(self._here, self.directory)
             self._mirror.bring(f"{name}.jsonl" for name in (*FILES, UNSAVED))
-            stack.callback(self.keep)
+            stack.push(self._keep_last)
         self._here.mkdir(parents=True, exist_ok=True)
         kept_s, lost_s, down_s = self._mend()
         self._started, self._kept_s = time.monotonic(), kept_s

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from surgery_r1_jax.errors import InputError, one_line, printable
+from surgery_r1_jax.errors import InputError, StorageError, one_line, printable
 
 NEEDED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that knows a bucket, and our extra for it
 AT_ONCE = 64  # files that are fetched together
@@ -55,7 +55,7 @@ def place(path: str | os.PathLike) -> Path:
 
 
 def reached(path: str | os.PathLike) -> Path:
-    """A place, whose bucket answers. Raises: InputError."""
+    """A place, whose bucket answers. Raises: InputError, StorageError."""
     path = place(path)
     if remote(path):
         with _told(path):
@@ -89,7 +89,7 @@ def fetched(path: str | os.PathLike) -> Path:
     """A copy of a file or folder of a bucket on this disk; a path on a disk as it is.
 
     What is there already, by size and by the bucket's sum or tag, is not fetched again; what is fetched must have the
-    size and, where the bucket tells one, the MD5 sum. Raises: InputError.
+    size and, where the bucket tells one, the MD5 sum. Raises: InputError, StorageError.
     """
     path = place(path)
     if not remote(path):
@@ -276,8 +276,20 @@ def _told(path: Path) -> Iterator[None]:
     except Exception as problem:  # of many kinds: of the network, of rights, of credentials
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        remedy = "check the path, the network and your rights to the bucket"
-        raise InputError(f"{printable(path)}: cannot be reached ({one_line(problem)}); {remedy}") from problem
+        line = f"{printable(path)}: cannot be reached ({one_line(problem)})"
+        if _passes(path, problem):
+            raise StorageError(f"{line}; try again later") from problem
+        raise InputError(f"{line}; check the path, the network and your rights to the bucket") from problem
+
+
+def _passes(path: Path, problem: Exception) -> bool:
+    """Whether it is the network's or the bucket's own, and may be over the next time."""
+    if is_gs(path):
+        from gcsfs import retry
+
+        if retry.is_retriable(problem):
+            return True
+    return isinstance(problem, ConnectionError | TimeoutError)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,8 @@ class Best:
         known = {dtype: sums.of(params, dtype) for dtype in tensors.DTYPES}
         meta = _meta_of({"joint_rate": rate, "sums": known})
         args = dict(params=ocp.args.PyTreeSave(params), meta=meta)
+        if step in self._manager.all_steps():  # of a run that repeats steps, not to the last bit
+            self._manager.delete(step)
         _save(self._manager, step, args, metrics={"joint_rate": rate}, force=True)
 
     def close(self) -> None:

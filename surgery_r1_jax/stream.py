@@ -30,6 +30,7 @@ ENDLESS = 1 << 52  # rows; more batches of one frame Grain cannot count
 AHEAD = 2  # batches that are placed before they are asked for
 LOOK_S = 0.5  # seconds between looks at the worker processes while none gives anything
 CLOSE_S = 3.0  # seconds that a thread is given to end
+STOP_S = 300  # seconds that a worker outlives a stop signal, in which the run comes to where it saves and ends
 LINGER_S = 0.1  # seconds that Grain's thread is given to free shared memory
 
 Example = Callable[[Row, Shape, int], Any]  # of a row, its bucket's shape and its place in the stream
@@ -146,7 +147,8 @@ def _free_at_exit() -> None:
 
 
 def _sign_on(folder: Path, *_: int) -> None:
-    """What a worker process does first: leave its number."""
+    """What a worker process does first: leave its number. A stop signal to all of a group is the run's to heed."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_S))
     (folder / str(os.getpid())).touch()
 
 
@@ -203,7 +205,7 @@ class Ahead:
         if closing.is_alive():  # for ever, where a worker has ended in peace
             for pid in self._numbers() | {worker.pid for worker in self._workers}:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, signal.SIGKILL)
         self._thread.join(CLOSE_S)
         self._source, self._ready = None, queue.Queue()
         if self._signed_on:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_r1_jax import config, objectives, options
+from surgery_r1_jax import config, grpo, objectives, options
 from surgery_r1_jax.errors import InputError
 
 B, J, T, LONGEST = 2, 4, 6, 8
@@ -398,3 +398,19 @@ def test_objectives_hold_under_strict_ranks_and_types(name):
     case, objective = draw(), settings_of(name, delta=8.0)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(partial(_value_and_grad, objective=objective), *case, whole(case.mask))
+
+
+def test_the_updates_of_a_step_are_told_together():
+    one = {
+        "loss": 1.0,
+        "ratio/min": 0.5,
+        "ratio/max": 2.0,
+        "ratio/mean": 1.0,
+        "skipped_steps": 4,
+        "skipped_in_a_row": 2,
+    }
+    other = {"loss": 4.0, "ratio/min": 0.7, "ratio/max": 3.0, "ratio/mean": 2.0, "skipped_steps": 4}
+    told = grpo.over_updates([one, other | {"skipped_in_a_row": 0}])  # a sound one after a bad one hides nothing
+    wanted = {"loss": 2.5, "ratio/min": 0.5, "ratio/max": 3.0, "ratio/mean": 1.5, "skipped_steps": 4}
+    assert jax.tree.map(float, told) == wanted | {"skipped_in_a_row": 2}
+    assert grpo.over_updates([one]) is one

@@ -186,6 +186,35 @@ def test_the_log_on_a_bucket_is_kept_before_each_save_and_mended_on_a_resume(buc
 
 
 @needs_bucket
+def test_a_bucket_out_of_reach_gets_the_log_later_and_ends_no_run(bucket, monkeypatch, capsys):
+    out = places.place(f"{bucket}/far/run")
+    system, kept = places._system(out), lambda: len(log.read_metrics(places.fetched(out / "metrics.jsonl")))
+
+    def far(*_):
+        raise ConnectionResetError("the network is down")
+
+    with pytest.raises(errors.StorageError, match="cannot be reached"), log.RunLog(out, total_steps=9) as journal:
+        journal.metrics(1, {"loss": 1.0})
+        journal.metrics(2, {"loss": 0.5})
+        with monkeypatch.context() as patch:
+            patch.setattr(system, "put_file", far)
+            with journal.saving(2):
+                pass
+        told = " ".join(capsys.readouterr().err.split())
+        assert "the log follows later: gs://bucket/far/run/" in told
+        assert "cannot be reached (the network is down); try again later" in told
+        journal.keep()
+        assert kept() == 2
+        monkeypatch.setattr(system, "put_file", far)
+        journal.metrics(3, {"loss": 0.2})
+    assert errors.StorageError.exit_status == 1 != errors.InputError.exit_status  # engines start it again
+    with pytest.raises(errors.Preempted), log.RunLog(out, total_steps=9, resume_step=2) as journal:
+        raise errors.Preempted  # what ends a run is told, and not the log's trouble
+    assert "the end of the log is lost" in capsys.readouterr().err
+    assert kept() == 2
+
+
+@needs_bucket
 def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     toy.write_start(tmp_path, frames=6)
     put(tmp_path / "data", f"{bucket}/data")

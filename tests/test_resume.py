@@ -322,6 +322,11 @@ def test_best_follows_the_rate_not_the_step_and_survives_a_run_that_repeats_step
     again.save(7, params, 0.5)
     again.close()
     assert steps(tmp_path / "best") == [7] and saves.Best(tmp_path).rate == 0.5
+    other = saves.Best(tmp_path)  # begun anew, and not to the last bit the same: step 7 again, and better
+    other.save(7, {"x": params["x"] + 1}, 0.6)
+    other.close()
+    assert steps(tmp_path / "best") == [7] and saves.Best(tmp_path).rate == 0.6
+    assert saves.params(tmp_path, "best", params)["x"].tolist() == [1, 2, 3]
 
 
 def begin(place, folder, mesh):

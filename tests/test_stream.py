@@ -183,6 +183,17 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_nothing_is_missing_after
         np.testing.assert_array_equal(found, alone[number])
 
 
+def test_a_stop_signal_to_all_of_a_group_leaves_the_run_its_batches_until_it_ends():
+    with batches_of(planned([[5] * 12]), workers=1).starting() as ready:
+        next(ready)
+        (worker,) = workers()
+        os.kill(worker.pid, signal.SIGTERM)
+        for _ in range(20):  # more than were ready
+            next(ready)
+        assert worker.is_alive()
+    assert not workers()
+
+
 @pytest.mark.skipif(not os.path.isfile("/proc/self/maps"), reason="Linux tells there what shared memory is held")
 def test_an_end_in_the_middle_frees_the_shared_memory_that_is_held():
     def held():
