@@ -133,11 +133,13 @@ def prove_stops(folder: Path, count: int) -> int:
 
 def held(pid: int, temporary: Path) -> tuple[float, float, int, int, int, int]:
     """Megabytes of a run, those of its workers, and how many it holds of each of `HELD`."""
-    workers = 0.0
-    with contextlib.suppress(OSError):  # a thread or a worker has just ended
-        for thread in Path(f"/proc/{pid}/task").iterdir():
+    workers, threads = 0.0, 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it, or a worker, has just ended
+            # TensorStore's end when there was nothing to save for 20 seconds.
+            threads += (thread / "comm").read_text() != "ts_pool_worker\n"
             workers += sum(megabytes(int(child)) for child in (thread / "children").read_text().split())
-    threads, files = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("task", "fd"))
+    files = len(os.listdir(f"/proc/{pid}/fd"))
     shared = sum(not name.startswith("sem.") for name in os.listdir("/dev/shm"))
     return megabytes(pid), workers, threads, files, shared, sum(1 for _ in temporary.rglob("*"))
 
