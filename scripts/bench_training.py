@@ -9,7 +9,7 @@ losses and the gradient norms of all legs are held against each other, and the e
 MFU counts what a leg itself computes: with the frame repeated that is more.
 
     .venv/bin/python scripts/bench_training.py --work /tmp/bench                # a GPU; 3B wants an H200's memory
-    .venv/bin/python scripts/bench_training.py --work /tmp/bench --size eighth  # a CPU; tiny: a rehearsal
+    .venv/bin/python scripts/bench_training.py --work /tmp/bench8 --size eighth  # a CPU; tiny: a rehearsal
 
 `eighth` is 3B's dimensions divided by eight, layers by nine, and a smaller frame with shorter branches.
 """

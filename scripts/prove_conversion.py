@@ -82,11 +82,12 @@ def main() -> None:
     """Write, convert, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2_5_vl_3b")
-    parser.add_argument("--work", type=Path, required=True, help="folder for some tens of gigabytes; emptied first")
+    parser.add_argument("--work", type=Path, required=True, help="folder for some tens of gigabytes; new")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    shutil.rmtree(args.work, ignore_errors=True)
+    if args.work.exists():
+        parser.error(f"{args.work}: already exists; give a new folder")
     args.work.mkdir(parents=True)
     source, inside, out, plain = (args.work / name for name in ("source", "imported", "exported", "copied"))
     write_random(source, args.shape)

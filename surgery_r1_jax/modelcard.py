@@ -16,8 +16,8 @@ def text(name: str, title: str, source: Path, *, adapter: bool = False) -> str:
 
     Of paths only the last part is told: what stands before it is nobody's business.
     """
-    settings = _read(source / "config.yaml")
-    base = Path(str(settings.get("model", source))).name
+    settings = _without_places(_read(source / "config.yaml"))
+    base = settings.get("model", source.name)
     front = dict(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
@@ -35,14 +35,27 @@ def text(name: str, title: str, source: Path, *, adapter: bool = False) -> str:
         kind = "GRPO" if "samples" in settings else "SFT"
         parts.append(
             f"Trained by {kind}, {settings['schedule']['steps']} steps, seed {settings['seed']}, on the split "
-            f"{data['split']} of {Path(data['root']).name}."
+            f"{data['split']} of {' and '.join(part['root'] for part in data.get('mix') or [data])}."
         )
     parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.", *_scores(source / "metrics.jsonl")]
     if settings:
-        settings |= {"model": base, "data": data | {"root": Path(data["root"]).name}}
         parts.append(f"## Configuration\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
     parts.append("## Limits\n\nNot validated for clinical use; not a medical device.\n")
     return "\n".join(parts)
+
+
+def _without_places(settings: dict) -> dict:
+    """A configuration with the last part of every path alone."""
+
+    def named(part: dict) -> dict:
+        return part | {"root": Path(part["root"]).name} if part.get("root") else part
+
+    if not settings:
+        return {}
+    data = named(settings["data"])
+    if data.get("mix"):
+        data |= {"mix": [named(part) for part in data["mix"]]}
+    return settings | {"model": Path(settings["model"]).name, "data": data}
 
 
 def _scores(file: Path) -> list[str]:

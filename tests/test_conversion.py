@@ -11,7 +11,7 @@ import toy
 import yaml
 from toy import few_devices  # noqa: F401
 
-from surgery_r1_jax import checkpoint, cli, config, hf, options, sharding
+from surgery_r1_jax import checkpoint, cli, config, hf, modelcard, options, sharding
 from surgery_r1_jax.errors import InputError
 
 
@@ -100,3 +100,12 @@ def test_sizes_are_read_and_nonsense_is_refused(folder, tmp_path, capsys):
         assert cli.main([*argv[:2], str(tmp_path / "never"), "--max-shard-size", wrong]) == 2
         assert "expected a size as in 500MB or 2GB" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_the_card_of_a_run_on_several_data_sets_names_each_and_no_path(tmp_path):
+    parts = [{"root": f"/private/{name}", "weight": 1} for name in ("theirs", "ours")]
+    about = dict(model="/private/start", seed=3, schedule=dict(steps=7), data=dict(root=None, split="train", mix=parts))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(about))
+    text = modelcard.text("mixed", "Qwen2.5-VL", tmp_path)
+    assert "on the split train of theirs and ours." in text and "Base: start." in text
+    assert "private" not in text

@@ -6,7 +6,7 @@
 #   DRY_RUN=1 ROOT=/shared/surgery scripts/launch/stages.sh          prints this host's commands and runs none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-: "${ROOT:?is not set: the bucket or the shared folder with data/ and models/}"
+[ -n "${ROOT:-}" ] || { echo "ROOT: is not set: the bucket or the shared folder with data/ and models/" >&2; exit 2; }
 command -v surgery-r1 >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/xla}" # a restart compiles nothing again
 export JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=none                          # what XLA itself caches knows no buckets
