@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""SFT, LoRA SFT and GRPO of a released size with random weights on this machine: ours and transformers', side by side.
+"""SFT, LoRA SFT and GRPO of a released size with random weights on this machine: ours and TRL's, side by side.
 
 One 1288 x 1036 frame; for SFT 6 branches of 256 tokens, for GRPO one question of 32 tokens and 8 completions of 256.
-Both sides start from the same files and see the same tokens. Theirs is what TRL runs without vLLM: a row for each
-branch with the frame repeated, generate, a pass of the reference, gradient checkpointing, PyTorch's AdamW. Every leg
-is a process of its own, so that each has the device to itself; one that runs out of memory is told as such. The
-losses and the gradient norms of all legs are held against each other, and the exit status is 1 where they differ.
-MFU counts what a leg itself computes: with the frame repeated that is more.
+Both sides start from the same files and see the same tokens. Theirs is TRL without vLLM (`trl_peer.py`): a row for each
+branch with the frame repeated. Every leg is a process of its own, so that each has the device to itself; one that runs
+out of memory is told as such. The losses and the gradient norms of all legs are held against each other, and the exit
+status is 1 where they differ. MFU counts what a leg itself computes: with the frame repeated that is more.
 
+    .venv/bin/python -m pip install "trl>=1.16,<2"
     .venv/bin/python scripts/bench_training.py --work /tmp/bench                # a GPU; 3B wants an H200's memory
     .venv/bin/python scripts/bench_training.py --work /tmp/bench8 --size eighth  # a CPU; tiny: a rehearsal
 
@@ -17,11 +17,11 @@ MFU counts what a leg itself computes: with the frame repeated that is more.
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,22 +52,22 @@ class Leg(NamedTuple):
     """One measurement."""
 
     kind: str  # sft, lora, grpo
-    side: str  # ours, transformers
+    side: str  # ours, trl
     attention: str
     layout: str  # shared, or repeated for every branch
 
 
-def frames_of(case: Case, completions: np.ndarray | None = None):
-    """The frame with SFT's branches, with the question, or with the question and these completions behind it."""
+def frames_of(case: Case):
+    """The frame with SFT's branches, and with the question alone."""
     import randomised
 
-    lengths = [case.tokens] * case.branches
-    frame = randomised.frame(0, grids=(case.grid,), lengths=lengths)
-    question = frame.branches[0][: case.question]
-    asked = frame._replace(branches=[question])
-    if completions is None:
-        return frame, asked
-    return frame, frame._replace(branches=[np.concatenate([question, row]) for row in completions])
+    frame = randomised.frame(0, grids=(case.grid,), lengths=[case.tokens] * case.branches)
+    return frame, frame._replace(branches=[frame.branches[0][: case.question]])
+
+
+def completions_of(case: Case) -> np.ndarray:
+    """What takes the place of all that is drawn in GRPO's first step, so that the legs can be compared."""
+    return np.random.default_rng(1).integers(20, 900, (case.samples, case.completion))
 
 
 def load_of(leg: Leg, case: Case, architecture, adapted) -> tuple:
@@ -88,18 +88,13 @@ def load_of(leg: Leg, case: Case, architecture, adapted) -> tuple:
     return batch, samples, speed.reinforced(batch, length, cost, most=case.completion, updates=1, reference=True)
 
 
-def speed_of(done, seconds: float, peak: float | None) -> dict:
-    """Completions a second, and the part of the device's peak that is put to use."""
-    return {"completions_s": done.completions / seconds or None, "mfu": done.flops / seconds / peak if peak else None}
-
-
 def write_model(work: Path, size: str, dtype: str) -> None:
     """A folder with random weights that both sides read."""
     import randomised
 
     from surgery_r1_jax import hf, model, sizes
 
-    ids = dict(image_token_id=randomised.IMAGE, video_token_id=1011)
+    ids = dict(image_token_id=randomised.IMAGE, video_token_id=randomised.VIDEO)
     ids |= dict(vision_start_token_id=randomised.VISION_START, vision_end_token_id=randomised.VISION_END)
     if size == "tiny":
         made = randomised.configuration("qwen2_5_vl", tied=True)
@@ -107,6 +102,7 @@ def write_model(work: Path, size: str, dtype: str) -> None:
         made = eighth(ids)
     else:
         made = sizes.transformers_config(size, **ids)
+    made.architectures = [f"{randomised.CLASSES[made.model_type]}ForConditionalGeneration"]
     made.save_pretrained(work / "side")
     architecture = hf.read_config(work / "side")
     hf.write_folder(work / "model", model.init(architecture, 0), architecture, work / "side", dtype=dtype)
@@ -133,9 +129,9 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     import jax.numpy as jnp
     import randomised
 
-    from surgery_r1_jax import backends, checkpoint, flops, grpo, lora, optim, options, run, sampling, sft, sharding
+    from surgery_r1_jax import backends, checkpoint, grpo, lora, optim, options, run, sampling, sft, sharding
 
-    work, dtype, mesh = args.work, args.dtype, sharding.make_mesh()
+    work, dtype, mesh = args.work, args.dtype, sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     how = dict(dtype=dtype, attention=leg.attention, mesh=mesh.devices.shape, offload=args.offload)
     compute = options.Compute(remat=True, tower_remat=True, query_chunk=512, **how)
     adapted = options.Lora(rank=RANK * (leg.kind == "lora"), base="bfloat16" if dtype == "bfloat16" else "float32")
@@ -153,7 +149,7 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     state = run.start_state(params, tx, mesh)
     moments = {sharding.is_offloaded(leaf.sharding) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
     assert moments == {args.offload}
-    host, samples, done = load_of(leg, case, loaded.config, adapted)
+    host, samples, _ = load_of(leg, case, loaded.config, adapted)
     prompts = sharding.put_batch(host, mesh)
     if leg.kind != "grpo":
         settings = options.SFT(**common)
@@ -167,12 +163,13 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
         settings = options.GRPO(**common, sampler=sampler, objective=objective)
         settings = settings.model_copy(update={"samples": samples})  # a run's are two or more
         step = run.keep_layout(functools.partial(grpo.update_step, graph, tx, settings), state)
-        allowed = sharding.put_batch(np.arange(loaded.config.text.vocab_size)[None] < 1000, mesh)[0]
-        words = sampling.Vocabulary(allowed, randomised.STOP, randomised.PAD)
-        rows, kept = case.samples // samples, work / "drawn.npy"
+        everything = np.ones((1, loaded.config.text.vocab_size), bool)
+        allowed = sharding.put_batch(everything, mesh)[0]
+        words = sampling.Vocabulary(allowed.at[randomised.STOP].set(False), randomised.STOP, randomised.PAD)
+        rows = case.samples // samples
         numbers = jnp.arange(rows, dtype=jnp.int32), jnp.zeros((rows, 1), jnp.int32)
         advantage = jnp.asarray(np.linspace(-1, 1, case.samples, dtype=np.float32)).reshape(rows, samples)
-        given = jnp.asarray(np.load(kept)).reshape(rows, samples, -1) if kept.exists() else None
+        given = jnp.asarray(completions_of(case), jnp.int32).reshape(rows, samples, -1)
 
         def once(state):
             since = time.perf_counter()
@@ -182,136 +179,51 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
             rolled = time.perf_counter() - since
             nonlocal given
             first, given = given, None
-            if first is not None:  # what the first leg drew, so that all of them can be compared
+            if first is not None:
                 drawn = drawn._replace(tokens_BJT=first)
             batch = grpo.lay_out(prompts, drawn, samples)
             held = grpo.reference_logp(graph, settings, reference, batch, allowed)
             if first is not None:
                 drawn = drawn._replace(logp_BJT=grpo.reference_logp(graph, settings, state.params, batch, allowed))
             experience = grpo.Experience(batch, drawn.mask_BJT, drawn.logp_BJT, held, advantage)
-            if not kept.exists():
-                np.save(kept, np.asarray(drawn.tokens_BJT[0]))
             state, stats = step(state, frozen, experience, allowed, np.int32(0))
             return state, jax.device_get(stats), {"rollout_s": rolled}
 
-    found = _timed(once, state, args.repeats)
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    peak = flops.peak(mesh.devices.flat[0].device_kind)
-    found["peak_gib"] = stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
-    return found | speed_of(done, found["seconds"], peak and peak * mesh.size)
-
-
-def theirs(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
-    """The same by transformers, PyTorch's AdamW and, for adapters, peft."""
-    import randomised
-    import torch
-    import transformers
-
-    from surgery_r1_jax import flops, hf, options
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    work, low = args.work, args.dtype == "bfloat16"
-
-    def load(kept):
-        load = transformers.AutoModelForImageTextToText.from_pretrained
-        return load(work / "model", dtype=kept, attn_implementation=leg.attention).to(device)
-
-    frozen = torch.bfloat16 if low else torch.float32
-    net = load(frozen if leg.kind == "lora" else torch.float32)
-    reference = load(frozen).eval() if leg.kind == "grpo" else None
-    if leg.kind == "lora":
-        import peft
-
-        where = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-        net = peft.get_peft_model(net, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=where))
-        net.enable_input_require_grads()
-    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    learning = [p for p in net.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(learning, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, fused=device == "cuda")
-    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=low)
-
-    def inputs(frame):
-        rows = torch.tensor(np.stack([frame.flat(i) for i in range(len(frame.branches))]), device=device)
-        patches = torch.tensor(frame.patches, device=device).repeat(len(rows), 1)
-        return dict(
-            input_ids=rows,
-            attention_mask=torch.ones_like(rows),
-            pixel_values=patches,
-            image_grid_thw=torch.tensor([[1, *case.grid]] * len(rows), device=device),
-            mm_token_type_ids=(rows == randomised.IMAGE).long(),
-        )
-
-    def logp(net, given, count):
-        """Log-probabilities of the last tokens of each row."""
-        logits = net(**given, logits_to_keep=count + 1, use_cache=False).logits[:, :-1].float()
-        if leg.kind == "grpo":
-            logits[..., 1000:] = -torch.inf  # what ours never draws
-        return logits.log_softmax(-1).gather(-1, given["input_ids"][:, -count:, None])[..., 0]
-
-    def descend(loss):
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(learning, CLIP)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "grad_norm": norm.item()}
-
-    frame, asked = frames_of(case)
-    if leg.kind != "grpo":
-        given = inputs(frame)
-
-        def once(_):
-            net.train()
-            with autocast():
-                loss = -logp(net, given, case.tokens - 1).mean()
-            return None, descend(loss), {}
-    else:
-        prompt = inputs(asked._replace(branches=asked.branches * case.samples))
-        drawn = work / "drawn.npy"  # by our side, unless it ran out of memory
-        some = np.random.default_rng(0).integers(20, 900, (case.samples, case.completion))
-        given = inputs(frames_of(case, np.load(drawn) if drawn.exists() else some)[1])
-        advantage = torch.linspace(-1, 1, case.samples, device=device)[:, None]
-        net.generation_config.eos_token_id = None
-        count = case.completion
-
-        def once(_):
-            since = time.perf_counter()
-            net.eval()
-            with torch.no_grad(), autocast():
-                net.generate(**prompt, do_sample=True, max_new_tokens=count, min_new_tokens=count)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                rolled = time.perf_counter() - since
-                held = logp(reference, given, count)
-            net.train()
-            with autocast():
-                new = logp(net, given, count)
-            away = held - new
-            gain = torch.exp(new - new.detach()) * advantage
-            loss = -(gain - BETA * (torch.exp(away) - away - 1)).mean(-1).mean()
-            return None, descend(loss), {"rollout_s": rolled}
-
-    found = _timed(once, None, args.repeats)
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    adapted = options.Lora(rank=RANK * (leg.kind == "lora"))
-    done = load_of(leg, case, hf.read_config(work / "model"), adapted)[-1]
-    peak = flops.peak(torch.cuda.get_device_name()) if device == "cuda" else None
-    return found | speed_of(done, found["seconds"], peak)
-
-
-def _timed(once: Callable, state, repeats: int) -> dict:
-    """Median seconds of a step after the first, and what the steps told."""
     seconds, told, more = [], [], {}
-    for _ in range(repeats + 1):
+    for _ in range(args.repeats + 1):
         since = time.perf_counter()
         state, stats, more = once(state)
         seconds.append(time.perf_counter() - since)
         told.append([float(stats["loss"]), float(stats["grad_norm"])])
-    return {"seconds": statistics.median(seconds[1:]), "first_s": seconds[0], "told": told} | more
+    device = mesh.devices.flat[0]
+    most = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return more | {"steps_s": seconds, "told": told, "device": device.device_kind, "peak_gib": most and most / 2**30}
+
+
+def leg_of(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
+    """One measurement: the median of all steps but the first, and what they put to use of the device."""
+    from surgery_r1_jax import flops, hf, options
+
+    if leg.side == "ours":
+        found = ours(leg, case, args)
+    else:
+        import trl_peer
+
+        found = trl_peer.train(leg, case, args, rate=RATE, beta=BETA, clip=CLIP, rank=RANK)
+    adapted = options.Lora(rank=RANK * (leg.kind == "lora"))
+    done = load_of(leg, case, hf.read_config(args.work / "model"), adapted)[-1]
+    seconds, peak = statistics.median(found["steps_s"][1:]), flops.peak(found["device"])
+    speed = {"completions_s": done.completions / seconds or None, "mfu": peak and done.flops / seconds / peak}
+    return found | speed | {"seconds": seconds}
 
 
 def measured(leg: Leg, words: list[str]) -> dict:
     """A leg in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *words, "--leg", ",".join(leg)], capture_output=True, text=True)
+    environ = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if leg.side == "trl":
+        environ["JAX_PLATFORMS"] = "cpu"  # the device's memory is its own
+    program = [sys.executable, __file__, *words, "--leg", ",".join(leg)]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True)
     if done.returncode == 0:
         return leg._asdict() | json.loads(done.stdout.splitlines()[-1])
     if not any(sign in done.stderr for sign in OUT_OF_MEMORY):
@@ -347,7 +259,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 for a released size")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each leg (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="our side keeps its moments in the host's memory")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-peer", action="store_true", help="leave TRL out")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--leg", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -357,9 +269,7 @@ def main() -> int:
         write_model(args.work, args.size, args.dtype)
         return 0
     if args.leg:
-        leg = Leg(*args.leg.split(","))
-        measure = ours if leg.side == "ours" else theirs
-        print(json.dumps(measure(leg, case, args)))
+        print(json.dumps(leg_of(Leg(*args.leg.split(",")), case, args)))
         return 0
 
     from rich.console import Console
@@ -373,7 +283,7 @@ def main() -> int:
     for kind in args.kinds.split(","):
         legs = [Leg(kind, "ours", attention, "shared") for attention in attentions]
         legs += [Leg(kind, "ours", attentions[-1], "repeated")]
-        legs += [Leg(kind, "transformers", "sdpa", "repeated")] * (not args.no_peer)
+        legs += [Leg(kind, "trl", "sdpa", "repeated")] * (not args.no_peer)
         for leg in legs:
             rows.append(measured(leg, words))
             print(rows[-1], flush=True)

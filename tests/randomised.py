@@ -11,7 +11,7 @@ import numpy as np
 from surgery_r1_jax import grid, model, options
 from surgery_r1_jax.batch import FrameBatch
 
-IMAGE, VISION_START, VISION_END, PAD, STOP = 1010, 1012, 1013, 1000, 1001
+IMAGE, VIDEO, VISION_START, VISION_END, PAD, STOP = 1010, 1011, 1012, 1013, 1000, 1001
 VOCABULARY = 1024
 # Two sizes, neither of which divides by the window of two merged units.
 GRIDS = ((10, 14), (6, 8))
@@ -62,7 +62,7 @@ def configuration(family: str, *, tied: bool):
         text_config=text,
         vision_config=tower,
         image_token_id=IMAGE,
-        video_token_id=1011,
+        video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,

@@ -1,4 +1,4 @@
-"""The benchmark against transformers: both sides train alike, and it would say so if they did not."""
+"""The benchmark against TRL: both sides train alike, and it would say so if they did not."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def bench():
 
 def rows(kind, *told):
     named = dict(kind=kind, attention="xla", layout="shared")
-    return [named | dict(side=side, told=each) for side, each in zip(("ours", "transformers"), told, strict=True)]
+    return [named | dict(side=side, told=each) for side, each in zip(("ours", "trl"), told, strict=True)]
 
 
 def test_sides_that_train_otherwise_are_told_apart(bench):
@@ -29,7 +29,7 @@ def test_sides_that_train_otherwise_are_told_apart(bench):
     for kind in ("sft", "lora", "grpo"):
         assert bench.differing(rows(kind, same, same), "float32") == []
         (line,) = bench.differing(rows(kind, same, [[7.1, 2.0], [6.5, 2.1]]), "float32")
-        assert line.startswith(f"{kind} transformers xla shared tells")
+        assert line.startswith(f"{kind} trl xla shared tells")
     # What is drawn by each side for itself is not compared: later GRPO steps, the gradient of adapters.
     later, gradient = [[7.0, 2.0], [6.9, 2.1]], [[7.0, 3.0], [6.5, 2.1]]
     found = {
@@ -43,11 +43,11 @@ def test_sides_that_train_otherwise_are_told_apart(bench):
 
 
 @pytest.mark.slow
-def test_four_steps_of_ours_and_of_transformers_arrive_at_the_same_numbers(tmp_path):
-    pytest.importorskip("torch", reason="needs a CPU build of PyTorch")
+def test_four_steps_of_ours_and_of_trl_arrive_at_the_same_numbers(tmp_path):
+    pytest.importorskip("trl", reason="needs TRL and a CPU build of PyTorch")
     words = ["--work", str(tmp_path / "work"), "--size", "tiny", "--out", str(tmp_path / "rows.json")]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["side"] for row in found] == ["ours", "ours", "transformers"] * 3
+    assert [row["side"] for row in found] == ["ours", "ours", "trl"] * 3
     assert all((row["completions_s"] is not None) == (row["kind"] == "grpo") for row in found)
