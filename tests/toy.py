@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from surgery_r1_jax import hf, log, model, sharding, synth, tiny
+from surgery_r1_jax import hf, log, model, options, sharding, synth, tiny
 
 SIZES = tiny.Sizes(
     hidden=32,
@@ -74,6 +74,22 @@ def write_start(folder, frames):
     write_data(folder / "data", frames)
     write_model(folder / "start")
     return folder
+
+
+STEPS = 5  # of the run below
+
+
+def sft_settings(folder, **changes):
+    """A short run on what `write_start` wrote."""
+    settings = dict(
+        model=str(folder / "start"),
+        data=options.Data(root=str(folder / "data"), frames=4, questions=2),
+        optimizer=options.Optimizer(learning_rate=1e-2),
+        schedule=options.Schedule(steps=STEPS, eval_every=3, save_every=100, log_every=1),
+        evaluation=options.Evaluation(frames=4, questions=3, limit=1, max_tokens=4),
+        compute=options.Compute(mesh=(2, 2, 2)),
+    )
+    return options.SFT(**(settings | changes))
 
 
 def write_model(folder, seed=0, sizes=SIZES, spread=0.05):
