@@ -119,7 +119,7 @@ def repeated(batch: FrameBatch) -> FrameBatch:
 
 def program(case: Case, batch: FrameBatch):
     """The compiled step and its arguments behind the state."""
-    graph, abstract = model.build(ARCHITECTURE, COMPUTE)
+    graph, _ = model.build(ARCHITECTURE, COMPUTE)
     params = model.init(ARCHITECTURE, 0)
     data = options.Data(root="", frames=batch.prefix_ids_BP.shape[0])
     plan = options.Schedule(steps=100)

@@ -139,7 +139,7 @@ def fast() -> str:
         return "torchvision is not here, so neither is its fast processor"
 
 
-def messages_of(encoder, frame, record, completion: str) -> list[dict]:
+def messages_of(encoder, record, completion: str) -> list[dict]:
     """A whole conversation as transformers' template takes it."""
     from surgery_r1_jax import answer
 
@@ -156,7 +156,7 @@ def compare(frames, encoder, processor) -> str | None:
     rows, grid = encoder.preprocessor.patches(images.load(frame.image))
     for record in frame.records:
         text = encoder.completion(frame, record, think=True)
-        item = Conversations(processor, [(frame.image, messages_of(encoder, frame, record, text))])[0]
+        item = Conversations(processor, [(frame.image, messages_of(encoder, record, text))])[0]
         branch = encoder.branch(frame, record, think=True)
         own = encoder.prefix_ids([grid]) + branch.prompt + branch.completion
         if item["input_ids"][0].tolist()[: len(own)] != own:
@@ -182,7 +182,7 @@ def segments(segment_BJT) -> int:
 def theirs(frames, encoder, processor, workers: int) -> float:
     """The same of a DataLoader: as many batches of as many conversations as fit the same time."""
     rows = [
-        (frame.image, messages_of(encoder, frame, record, encoder.completion(frame, record, think=number % 2 == 0)))
+        (frame.image, messages_of(encoder, record, encoder.completion(frame, record, think=number % 2 == 0)))
         for frame in frames
         for number, record in enumerate(frame.records)
     ]

@@ -133,11 +133,11 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
 
     work, dtype, mesh = args.work, args.dtype, sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     how = dict(dtype=dtype, attention=leg.attention, mesh=mesh.devices.shape, offload=args.offload)
-    compute = options.Compute(remat=True, tower_remat=True, query_chunk=512, **how)
+    compute = options.Compute(remat=True, tower_remat=True, **how)
     adapted = options.Lora(rank=RANK * (leg.kind == "lora"), base="bfloat16" if dtype == "bfloat16" else "float32")
     common = dict(model=str(work / "model"), data=options.Data(root="-"), compute=compute, lora=adapted)
     common["optimizer"] = options.Optimizer(learning_rate=RATE, schedule="constant", warmup=0.0, clip_norm=CLIP)
-    loaded = checkpoint.load_model(work / "model", mesh, dtype=adapted.base if adapted.rank else "float32")
+    loaded = checkpoint.load_model(work / "model", mesh, dtype=adapted.kept)
     graph, abstract = lora.build(loaded.config, compute, adapted, backends.choose(compute, mesh))
     params, frozen, reference = loaded.params, {}, None
     if adapted.rank:

@@ -3,10 +3,10 @@
 
 Compiles the programs of a run (`surgery_r1_jax/programs.py`) on abstract arrays and prints the peak of bytes on a
 device (what else lies there meanwhile included) or the compiler's refusal, what the devices send each other, stacks of
-layers that are held whole, and the seconds of compiling. A frame is 1288 x 1036 pixels; for SFT it has 6 branches of
-256 tokens, for GRPO one question of 32 tokens and `samples` completions. Exit status 1: a run does not fit, or takes
-more than its bar, or one that must not fit does, or a stack is held whole. Needs libtpu: scripts/compile_sizes.sh
-makes an environment with it and calls this.
+layers that are held whole, and the seconds of compiling. A frame has 1280 x 1024 pixels, which each family resizes in
+its way; for SFT it has 6 branches of 256 tokens, for GRPO one question of 32 tokens and `samples` completions. Exit
+status 1: a run does not fit, or takes more than its bar or five minutes to compile, or one that must not fit does, or a
+stack is held whole. Needs libtpu: scripts/compile_sizes.sh makes an environment with it and calls this.
 
     scripts/compile_sizes.sh --size Qwen2.5-VL-3B --config configs/sft_3b.yaml --slice v5e:2x4
     scripts/compile_sizes.sh --size Qwen3-VL-8B --config configs/grpo_7b.yaml --sweep v5e
@@ -48,7 +48,7 @@ SLICES = {
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
-PIXELS = 1288, 1036  # what Qwen-VL makes of a frame of 1280 x 1024, on the nearest whole units of its patches
+PIXELS = 1280, 1024  # of a frame, which each family resizes to whole units of its patches
 TEXT = 90  # tokens around the image: system text and template
 LANES = Shape(windows=0, prefix=0, lanes=6, lane_tokens=256, scored=6 * 256)  # of SFT; every token scored, the most
 QUESTION = 32
@@ -110,7 +110,7 @@ def job_of(case: Case) -> programs.Job:
     """The run with its mesh on the chips of the slice."""
     chips = topologies.get_topology_desc(case.slice, platform="tpu").devices
     mesh = sharding.make_mesh(case.mesh, chips)
-    frames = case.frames * mesh.shape["data"] * mesh.shape["fsdp"]
+    frames = case.frames * sharding.frame_devices(mesh)
     given = {"data.frames": frames, "accumulate": 1, "compute.mesh": list(case.mesh)}
     settings = options.load(CONFIGS / case.config, [*(f"--{k}={v}" for k, v in given.items()), *case.overrides])
     architecture = sizes.architecture(case.size)
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--mesh", default="1,-1,1", help="chips along data, fsdp and tensor; -1: what is left")
     parser.add_argument("--frames", type=int, default=1, help="frames on each chip that frames are spread over")
     parser.add_argument("--programs", default="", help="only these, such as update,rollout,reference,evaluation")
-    parser.add_argument("--effort", type=float, default=-1.0, help="at quick programs, -1 to 1; 0 is what a run has")
+    parser.add_argument("--effort", type=float, default=-1.0, help="XLA's, at quick programs, -1 to 1; a run has 0")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON, and beside it the table as Markdown")
     args, overrides = parser.parse_known_args()
     only = {name for name in args.programs.split(",") if name}

@@ -48,7 +48,7 @@ def main() -> None:
     out = args.demo
     budget = json.loads((out / demo.MARKER).read_text())
     frames = records.split(records.read(out / "data"), "val")[: budget["eval_frames"]]
-    grpo_steps, grpo_seconds = seconds_of(out / "grpo")
+    _, grpo_seconds = seconds_of(out / "grpo")
     sft_steps, sft_seconds = seconds_of(out / "sft")
     matched = round(grpo_seconds / (sft_seconds / sft_steps))
     plain = config.load(options.GRPO, out / "grpo" / "config.yaml")

@@ -242,7 +242,7 @@ def prove_lost(folder: Path, kills: int) -> int:
     """Kill a run; how many figures of its lost time are wrong."""
     steps = SAVE_EVERY * max(kills, 1)
     prepare(folder, workers=0, steps=steps, eval_every=0, save_every=SAVE_EVERY, log_every=1)
-    at_work = lost = down = saving = began = killed = 0.0
+    at_work = lost = down = saving = killed = 0.0
     for start in range(kills + 1):
         # The first time before there is a checkpoint, then sooner or later after another one.
         last = SAVE_EVERY * start + SAVE_EVERY * (2 + start % 3) // 5 if start < kills else None
@@ -252,7 +252,7 @@ def prove_lost(folder: Path, kills: int) -> int:
         lost += ended - whole if last else 0
         down += opened - killed if killed else 0
         saving += sum(end - begin for _, begin, end in saved)
-        began, killed = began or opened, ended
+        killed = ended
         what = f"killed after step {last}" if last else f"done with step {steps}"
         print(f"  start {start + 1}: at work {whole - opened:.1f} s, {what} {ended - whole:.1f} s later", flush=True)
         time.sleep(PAUSE_S * (1 + start) if last else 0)

@@ -43,7 +43,7 @@ def run(
     record = Record(question, answer="", box=NOWHERE, kind=kind, tool=None, source=str(image))
     frame = Frame("asked", "asked", Path(image), *picture.size, (record,))
     # One frame fills one place of the mesh; the others hold padding.
-    settings = options.Data(root="", frames=mesh.shape["data"] * mesh.shape["fsdp"], questions=1, threads=1)
+    settings = options.Data(root="", frames=sharding.frame_devices(mesh), questions=1, threads=1)
     ((prompts, _),) = pipeline.once([frame], runner.encoder, settings)[0]
     greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     drawn = evaluate.decode(runner.graph, loaded.params, sharding.put_batch(prompts, mesh), runner.vocabulary, greedy)

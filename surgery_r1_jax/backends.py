@@ -95,7 +95,7 @@ def in_rows(q_BJTNH: jax.Array, queries: Queries, own: Keys, prefix: Keys | None
     """The arguments of a kernel. Without a prefix each lane is a row of its own; with one all
     lanes of a frame are one row over all its keys.
     """
-    B, J, T = q_BJTNH.shape[:3]
+    B, J = q_BJTNH.shape[:2]
     sees, seen = Marks(*queries), Marks(_filled(own.segment, own.segment), own.order)
     if prefix is None:
         merged = lambda x: x.reshape(B * J, *x.shape[2:])  # noqa: E731
@@ -129,7 +129,7 @@ def _spread(q_BJTNH, queries, own, prefix, mesh):
     Fewer key heads than devices along `tensor` are repeated, so that each device has the one that its queries want.
     """
     tensor, (B, N, K) = mesh.shape["tensor"], (q_BJTNH.shape[0], q_BJTNH.shape[3], own.key.shape[3])
-    frames = sharding.FRAMES[0] if B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    frames = sharding.FRAMES[0] if B % sharding.frame_devices(mesh) == 0 else None
     if N % tensor == 0 and tensor % K == 0:
         own, prefix, K = _repeated(own, tensor // K), prefix and _repeated(prefix, tensor // K), tensor
     heads = "tensor" if N % tensor == K % tensor == 0 else None

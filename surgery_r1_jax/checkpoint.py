@@ -165,7 +165,8 @@ def export(
     """
     source, out, folder = here(source), places.place(out), folder_of(source)
     settings = hf.read_config(folder)
-    card = functools.partial(modelcard.text, out.name, families.of(settings).title, source)
+    family = families.of(settings)
+    card = functools.partial(modelcard.text, out.name, family.title, family.codec.units, source)
     found = adapters_of(source, settings, which=which)
     if merge and not found:
         raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")

@@ -87,7 +87,7 @@ def commands() -> dict[str, Parser]:
     def config_and_run(add: Callable) -> None:
         """The arguments of a training program."""
         add("--config", type=on_disk, required=True, metavar="FILE", help="YAML configuration")
-        add("--out", type=place, required=True, metavar="DIR", help="run directory: checkpoints, log, report")
+        add("--out", type=place, required=True, metavar="DIR", help="run directory: checkpoints, best parameters, log")
         about = "go on from the last checkpoint in --out; with 'auto' begin where there is none yet (default: off)"
         add("--resume", nargs="?", choices=("auto",), const=True, default=False, metavar="auto", help=about)
         about = "trace these steps for TensorBoard, to OUT/profile, as in 10:13 (default: none)"
@@ -124,7 +124,7 @@ def commands() -> dict[str, Parser]:
     add("--html", type=on_disk, metavar="FILE", help="write a page with pictures too (default: not written)")
     add("--model", type=place, metavar="HF_DIR", help="count tokens as this model's folder does (default: not counted)")
 
-    about = "Unpack an archive that nobody vouches for."
+    about = "Unpack an archive you do not trust."
     add = command("data unpack", handlers.unpack, about, "EndoVis-18-VQLA.zip data/raw")
     add("archive", type=on_disk, metavar="ARCHIVE", help="zip, tar or tar.gz file; links and bombs are refused")
     add("directory", type=on_disk, metavar="DIR", help="new folder")
@@ -248,7 +248,13 @@ def commands() -> dict[str, Parser]:
         "Make one page from the evaluations of some runs.",
         "runs/sft/val.json runs/grpo/val.json --out report.html",
     )
-    add("run_dirs", type=place, nargs="+", metavar="FILE.json", help="what `evaluate` wrote, in the order of the page")
+    add(
+        "evaluations",
+        type=place,
+        nargs="+",
+        metavar="FILE.json",
+        help="what `evaluate` wrote, in the order of the page",
+    )
     add("--out", type=place, required=True, metavar="FILE", help="HTML page in one piece")
     add("--data", type=place, metavar="DIR", help="data set with the frames (default: the one that was evaluated)")
     return table

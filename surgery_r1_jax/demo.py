@@ -54,7 +54,7 @@ BALANCE = 0.7
 MOST_TOOLS = 3
 MAX_TOKENS = 20  # the longest right completion has 18
 # On CPU it is quicker to compute a layer's activations again than to write them out and read them back.
-COMPUTE = options.Compute(remat=True, tower_remat=True)
+COMPUTE = options.Compute(remat=True, tower_remat=True, query_chunk=None)
 ASKING = dict(frames=32, questions=7)  # of every evaluation: one shape, one program
 EVALUATION = options.Evaluation(**ASKING, limit=64, max_tokens=MAX_TOKENS)
 MARKER = "demo.json"

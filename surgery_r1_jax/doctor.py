@@ -172,7 +172,7 @@ def largest_batch(stream: Stream) -> FrameBatch:
 
 def problem(job: programs.Job) -> str | None:
     """What would stop the run, although the configuration is sound in itself."""
-    frames, devices = job.settings.data.frames, job.frame_axes
+    frames, devices = job.settings.data.frames, job.frame_devices
     if frames % devices:
         return (
             f"data.frames {frames} cannot be spread over {devices} devices (data x fsdp); take a multiple of {devices}"
@@ -184,7 +184,7 @@ def warnings(
     job: programs.Job, lengths: Lengths, folder: Path, encoder: Encoder, needed: memory.Bytes
 ) -> Iterator[str]:
     """What would not stop the run but spoil or slow it."""
-    settings, architecture, devices = job.settings, job.architecture, job.frame_axes
+    settings, architecture, devices = job.settings, job.architecture, job.frame_devices
     most = most_tokens(folder)
     completion = settings.sampler.max_tokens if isinstance(settings, options.GRPO) else lengths.completion
     if most and lengths.prefix + lengths.prompt + completion > most:

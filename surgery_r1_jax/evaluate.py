@@ -95,8 +95,8 @@ def predict(
     Keys: frame, question, answer, box, pred_answer, pred_box, iou, text, reason. Boxes are unit xyxy, what could not
     be read is None. The batch is rounded up to what the mesh divides; `progress` is told (batches done, batches).
     """
-    spread = runner.mesh.shape["data"] * runner.mesh.shape["fsdp"]
-    settings = settings.model_copy(update={"frames": plan.round_up(settings.frames, spread)})
+    devices = sharding.frame_devices(runner.mesh)
+    settings = settings.model_copy(update={"frames": plan.round_up(settings.frames, devices)})
     batches, count = pipeline.once(frames, runner.encoder, settings, runner.shard)
     greedy = options.Sampler(max_tokens=max_tokens, temperature=0.0)
     progress = progress or (lambda done, count: None)
@@ -236,9 +236,7 @@ def run(
         about = dict(checkpoint=str(checkpoint_dir), data=str(data), split=split, max_tokens=max_tokens, dtype=dtype)
         about |= dict(classes=classes) | (dict(boxes=boxes) if boxes else {})
         intervals = metrics.known(metrics.intervals(metrics.of_rows(predictions, classes)), classes)
-        files.write_text(
-            targets[0], json.dumps(about | scores | {"intervals": intervals, "floors": beside}, indent=2) + "\n"
-        )
+        files.write_json(targets[0], about | scores | {"intervals": intervals, "floors": beside})
         write_predictions(targets[1], predictions)
         print_scores({"model": scores} | beside, title=f"{split}: {scores['n']} questions")
     return 0

@@ -24,8 +24,6 @@ from flax import nnx
 from surgery_r1_jax import experts, lora, model, options
 from surgery_r1_jax.batch import FrameBatch
 
-NO_MATRIX = ("bias", "scale", "places")  # parameters that nothing is multiplied with as a matrix
-
 # Peak FLOP/s of a device in bfloat16 without sparsity, by the beginning of jax's `device_kind`; the first that fits.
 # A JAX device is a whole chip on all of these TPUs. Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), NVIDIA's
 # data sheets of A100, H100 and H200, and for B200 that of the HGX and DGX B200.
@@ -82,7 +80,7 @@ def of_model(
     matrices = [
         (path, math.prod(variable.get_value().shape) * _active(path, config))
         for path, variable in nnx.to_flat_state(lora.build(config, options.Compute(), adapted)[1])
-        if path[-1] not in NO_MATRIX
+        if model.is_matrix(path)
     ]
     learning = {path for path, _ in matrices if (not adapted.rank or "lora" in path) and _rate(path, rates) > 0}
     # The backward pass goes through every layer of a part that learns, and of all parts behind it.

@@ -26,11 +26,6 @@ class Layout(NamedTuple):
     unit_of_token: np.ndarray  # int32 [image tokens], merged unit of every image token, in raster order
 
 
-def window_side(window_px: int, patch_px: int, merge: int) -> int:
-    """Merged units along one side of a full attention window."""
-    return window_px // patch_px // merge
-
-
 def count_windows(grids: Sequence[Grid], side: int, merge: int) -> int:
     """Windows needed for images of these patch grids."""
     return sum(-(-h // merge // side) * -(-w // merge // side) for h, w in grids)

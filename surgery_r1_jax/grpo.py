@@ -39,8 +39,6 @@ from surgery_r1_jax import (
 )
 from surgery_r1_jax.batch import FrameBatch
 
-ROUNDED = ("kernel", "embed", "head", "gate_up", "down")  # parameters that every module casts as it reads them
-
 
 class Experience(NamedTuple):
     """A graded rollout: all that an update reads. Leading axis frames."""
@@ -131,7 +129,8 @@ def frozen_copy(params: dict, compute: options.Compute) -> dict:
     """
 
     def copied(path, p):
-        made = jnp.array(p, compute.dtype if path[-1].key in ROUNDED else p.dtype, copy=True)
+        names = tuple(key.key for key in path)
+        made = jnp.array(p, compute.dtype if model.is_matrix(names) else p.dtype, copy=True)
         return jax.device_put(made, jax.memory.Space.Host) if compute.offload else made
 
     return jax.tree_util.tree_map_with_path(copied, params)

@@ -11,7 +11,6 @@ import signal
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 from surgery_r1_jax import heap, hosts, launchers, places
 from surgery_r1_jax.errors import InputError, Preempted
@@ -19,8 +18,7 @@ from surgery_r1_jax.errors import InputError, Preempted
 
 def start_devices() -> None:
     """Set what jax and its companions read when they are first imported; the user's environment wins."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgery_r1_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(places.cache() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # On GPUs, what `compute.offload` may take of the host's memory: all, where XLA would stop at 64 GiB.
@@ -257,4 +255,4 @@ def report(args: argparse.Namespace) -> int | None:
     """`report`."""
     from surgery_r1_jax import report
 
-    return report.run(args.run_dirs, args.out, data=args.data)
+    return report.run(args.evaluations, args.out, data=args.data)

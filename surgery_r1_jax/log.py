@@ -81,7 +81,6 @@ class RunLog:
         resume_step: int | None = None,
         enabled: bool = True,
         tensorboard: bool = False,
-        live: Sequence[str] = LIVE,
         plain_every_s: float = 30.0,
         console: Console | None = None,
     ):
@@ -90,7 +89,6 @@ class RunLog:
         self.description = description
         self.resume_step = resume_step
         self.enabled = enabled
-        self.live = live
         self.plain_every_s = plain_every_s
         self.console = console or Console(stderr=True, highlight=False)
         self._writer_class = _tensorboard_writer() if tensorboard else None
@@ -249,7 +247,7 @@ class RunLog:
     def _show(self, step: int, numbers: Mapping[str, float | None], split: str) -> None:
         """Move the bar, or print a line where there is none or where the numbers are of another split."""
         now = time.monotonic()
-        live = [f"{name} {_cell(numbers[name])}" for name in self.live if name in numbers][:MAX_LIVE]
+        live = [f"{name} {_cell(numbers[name])}" for name in LIVE if name in numbers][:MAX_LIVE]
         if split != "train":
             self.say(" | ".join([f"{self.description} {step}/{self.total_steps} {split}", *live]))
             return

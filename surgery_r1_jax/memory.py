@@ -75,7 +75,7 @@ def _offloaded(state: programs.State) -> tuple[list[int], int]:
 
 def _frames(job: Job) -> int:
     """Frames of a batch on one device."""
-    return -(-job.settings.data.frames // job.frame_axes)
+    return -(-job.settings.data.frames // job.frame_devices)
 
 
 def _batch(job: Job) -> int:

@@ -132,6 +132,11 @@ def joined(*trees: dict) -> dict:
     return unflatten_dict({path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()})
 
 
+def is_matrix(path: tuple) -> bool:
+    """Whether a parameter is a matrix, or one for each layer and expert: what is cast as it is read, and decays."""
+    return path[-1] in ("kernel", "gate_up", "down", "embed", "head", "a", "b")
+
+
 def is_stacked(path: tuple) -> bool:
     """Whether a parameter has a leading axis of layers."""
     return "blocks" in path or "deep" in path

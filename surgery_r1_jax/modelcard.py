@@ -1,4 +1,4 @@
-"""The README.md of an exported model: where it comes from, what it was trained on, and how it did while training."""
+"""The README.md of an exported model: how to ask it, where it comes from, and how it did while training."""
 
 import json
 import subprocess
@@ -6,15 +6,42 @@ from pathlib import Path
 
 import yaml
 
-from surgery_r1_jax import __version__
+from surgery_r1_jax import __version__, answer
 
 SHOWN = ("accuracy", "accuracy_no_organ", "macro_f1", "miou", "joint_rate", "illusion_rate", "parse_failure_rate", "n")
 
+USE = """## Use
 
-def text(name: str, title: str, source: Path, *, adapter: bool = False) -> str:
+The system text is part of what the model was trained on; the image stands before the question. Boxes are written in
+{units}.
+
+```python
+{imports}from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+system = (
+    {system}
+)
+image, question = Image.open("frame.png").convert("RGB"), "Where is bipolar_forceps located?"
+{load}
+processor = AutoProcessor.from_pretrained("{processor}")
+messages = [
+    {{"role": "system", "content": [{{"type": "text", "text": system}}]}},
+    {{"role": "user", "content": [{{"type": "image", "image": image}}, {{"type": "text", "text": question}}]}},
+]
+how = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+inputs = processor.apply_chat_template(messages, **how).to(model.device)
+written = model.generate(**inputs, max_new_tokens=256, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(written, skip_special_tokens=True)[0])
+```
+"""
+
+
+def text(name: str, title: str, units: str, source: Path, *, adapter: bool = False) -> str:
     """The card of a model of the family `title` or of its adapter, exported from a run folder or a Hugging Face folder.
 
-    Of paths only the last part is told: what stands before it is nobody's business.
+    `units` are those of the family's boxes. Of paths only the last part is told: what stands before it is nobody's
+    business.
     """
     settings = _without_places(_read(source / "config.yaml"))
     base = settings.get("model", source.name)
@@ -37,11 +64,22 @@ def text(name: str, title: str, source: Path, *, adapter: bool = False) -> str:
             f"Trained by {kind}, {settings['schedule']['steps']} steps, seed {settings['seed']}, on the split "
             f"{data['split']} of {' and '.join(part['root'] for part in data.get('mix') or [data])}."
         )
-    parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.", *_scores(source / "metrics.jsonl")]
+    parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.\n", _use(name, base, units, adapter=adapter)]
+    parts += _scores(source / "metrics.jsonl")
     if settings:
         parts.append(f"## Configuration\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
     parts.append("## Limits\n\nNot validated for clinical use; not a medical device.\n")
     return "\n".join(parts)
+
+
+def _use(name: str, base: str, units: str, *, adapter: bool) -> str:
+    """The lines that ask the model a question."""
+    sentences = answer.instruction(units).split(". ")
+    system = "\n    ".join(repr(one + ". ") for one in sentences[:-1]) + f"\n    {sentences[-1]!r}"
+    whole = f'AutoModelForImageTextToText.from_pretrained("{base if adapter else name}")'
+    load = f'model = PeftModel.from_pretrained({whole}, "{name}")' if adapter else f"model = {whole}"
+    imports = "from peft import PeftModel\n" if adapter else ""
+    return USE.format(units=units, imports=imports, system=system, load=load, processor=base if adapter else name)
 
 
 def _without_places(settings: dict) -> dict:

@@ -16,8 +16,6 @@ from surgery_r1_jax import model, options
 
 INPUTS = {"o": 2, "proj": 2}  # kernels that contract two axes (heads and head width); all others one
 
-DECAYED = ("kernel", "embed", "head", "a", "b")  # matrices, an adapter's two among them
-
 
 class Transformation(NamedTuple):
     """An optax transformation whose `update` asks whether the step is `sound`, and where its moments are kept."""
@@ -59,7 +57,7 @@ def transformation(settings: options.Optimizer, steps: int, params: dict, *, off
     rate = schedule(settings, steps)
     rates = _map(lambda path, _: getattr(settings.rates, model.part_of(path)), params)
     trained = jax.tree.map(lambda share: share > 0, rates)
-    decayed = _map(lambda path, _: path[-1] in DECAYED, params)
+    decayed = _map(lambda path, _: model.is_matrix(path), params)
     if settings.kind == "muon":
         core = optax.contrib.muon(
             rate,
@@ -173,6 +171,9 @@ def _matrix_axes(path, leaf):
         middle = leaf.ndim - 1 if path[-1] == "a" else first + 1
     elif path[-1] == "kernel" and path[-2] != "patch_embed":
         middle = first + INPUTS.get(path[-2], 1)
+    elif path[-1] in ("gate_up", "down"):  # of every expert of every layer
+        first += 1
+        middle = first + 1
     else:
         return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))

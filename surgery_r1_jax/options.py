@@ -176,6 +176,11 @@ class Lora(config.Config):
         return self.model_copy(update=dict(dropout=0.0))
 
     @property
+    def kept(self) -> str:
+        """The precision in which the weights of a checkpoint are read."""
+        return "bfloat16" if self.four_bits else self.base if self.rank else "float32"
+
+    @property
     def scale(self) -> float:
         """What an adapter's output is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
@@ -191,7 +196,9 @@ class Compute(config.Config):
         "auto", description="pallas: flash kernels on TPUs; cudnn: on NVIDIA GPUs, in bfloat16; auto: what there is"
     )
     query_chunk: int | None = Field(
-        None, ge=1, description="with xla: queries whose scores are held at a time, in prefix and full vision attention"
+        512,
+        ge=1,
+        description="with xla: queries of a frame whose scores exist at once, in image, prefix and branches",
     )
     mesh: tuple[int, int, int] = Field((1, -1, 1), description="devices along data, fsdp, tensor; -1: what is left")
     offload: bool = Field(

@@ -32,8 +32,6 @@ from surgery_r1_jax import (
 )
 from surgery_r1_jax.batch import FrameBatch, Shape
 
-MATRICES = ("kernel", "gate_up", "down", "a", "b")  # what a parameter may be called that is one
-
 
 class Job(NamedTuple):
     """What is trained, where, and on batches of which shape."""
@@ -49,9 +47,9 @@ class Job(NamedTuple):
         return nnx.to_pure_dict(model.build(self.architecture)[1])
 
     @property
-    def frame_axes(self) -> int:
-        """Devices that the frames of a batch are spread over."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    def frame_devices(self) -> int:
+        """Over how many devices the frames of a batch are spread."""
+        return sharding.frame_devices(self.mesh)
 
     @property
     def parts(self) -> int:
@@ -181,8 +179,7 @@ def state_of(job: Job) -> tuple[State, optim.Transformation]:
     compute, steps = settings.compute, settings.schedule.steps
     tx = optim.transformation(settings.optimizer, steps, params, offload=compute.offload)
     train = run.abstract_state(jax.tree.map(_placed, params, places), tx, job.mesh)
-    dtype = "bfloat16" if adapted.four_bits else adapted.base
-    kept = jax.tree.map(functools.partial(_placed, dtype=dtype), frozen, frozen_places)
+    kept = jax.tree.map(functools.partial(_placed, dtype=adapted.kept), frozen, frozen_places)
     if adapted.four_bits:
         kept = packed.abstract(kept, job.architecture, adapted.base)
     reference = {}
@@ -200,7 +197,7 @@ def stacks(job: Job) -> dict[str, hlo.Stack]:
     groups = {tower.depth, tower.period, tower.period - 1} - {0, 1}
     found = {}
     for path, leaf in flatten_dict(model.joined(frozen, train.params)).items():
-        if model.is_stacked(path) and path[-1] in MATRICES and isinstance(leaf, jax.ShapeDtypeStruct):
+        if model.is_stacked(path) and model.is_matrix(path) and isinstance(leaf, jax.ShapeDtypeStruct):
             layers = tuple(groups) if path[:2] == ("tower", "blocks") else leaf.shape[:1]
             found[".".join(path)] = hlo.Stack(layers, leaf.shape[1:], leaf.sharding.shard_shape(leaf.shape)[1:])
     return found

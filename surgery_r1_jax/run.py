@@ -67,8 +67,7 @@ def prepare(
     multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
     attend = backends.choose(compute, mesh)
-    kept = "bfloat16" if adapted.four_bits else adapted.base if adapted.rank else "float32"
-    loaded = checkpoint.load_model(settings.model, mesh, dtype=kept)
+    loaded = checkpoint.load_model(settings.model, mesh, dtype=adapted.kept)
     graph, abstract = lora.build(loaded.config, compute, adapted, attend)
     still, _ = lora.build(loaded.config, compute, adapted.still, attend)
     params, frozen, base = loaded.params, {}, None

@@ -150,9 +150,9 @@ def is_offloaded(where: NamedSharding) -> bool:
     return where.memory_kind == HOST
 
 
-def of_batch(batch, mesh: Mesh):
-    """Shardings of a batch: the leading axis of every array over the frame axes of the mesh."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, FRAMES), batch)
+def frame_devices(mesh: Mesh) -> int:
+    """Over how many devices the frames of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in FRAMES[0])
 
 
 def put_batch(batch, mesh: Mesh):
@@ -160,11 +160,11 @@ def put_batch(batch, mesh: Mesh):
 
     Raises InputError where they cannot be spread evenly.
     """
-    frames, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), mesh.shape["data"] * mesh.shape["fsdp"]
+    frames, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), frame_devices(mesh)
     if frames % devices:
         raise errors.InputError(
-            f"a batch of {frames} frames cannot be spread over data x fsdp = {devices} devices; make data.frames and "
-            f"evaluation.frames multiples of {devices}, or change compute.mesh"
+            f"a batch of {frames} frames cannot be spread over data x fsdp = {devices} devices; make data.frames a "
+            f"multiple of {devices}, or change compute.mesh"
         )
     sharding = NamedSharding(mesh, FRAMES)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

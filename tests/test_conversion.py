@@ -1,5 +1,6 @@
 """Folders to checkpoints and back, byte for byte, with a card that says where a model comes from."""
 
+import ast
 import hashlib
 import json
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import toy
+import transformers
 import yaml
 from toy import few_devices  # noqa: F401
 
@@ -92,6 +94,23 @@ def test_the_card_of_a_run_tells_base_data_settings_and_scores_but_no_paths(fold
     assert "Not validated for clinical use" in body
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_lines_of_a_card_say_word_for_word_what_the_model_was_trained_with(folder, tmp_path, adapter):
+    encoder = hf.encoder_of(folder, hf.read_config(folder))
+    text = modelcard.text("mine", "Qwen2.5-VL", encoder.codec.units, tmp_path, adapter=adapter)
+    code = ast.parse(text.split("```python\n")[1].split("```")[0])
+    (given,) = (node.value for node in code.body if ast.unparse(node).startswith("system = "))
+    system = ast.literal_eval(given)
+    assert system == encoder.system and ("PeftModel" in text) == adapter
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": system}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it open?"}]},
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert ids == encoder.chat.prefix_ids(system, [1]) + encoder.chat.prompt_ids("Is it open?")
+
+
 def test_sizes_are_read_and_nonsense_is_refused(folder, tmp_path, capsys):
     argv = ["export", str(folder), str(tmp_path / "small"), "--max-shard-size", "60KB"]
     assert cli.main(argv) == 0
@@ -106,6 +125,6 @@ def test_the_card_of_a_run_on_several_data_sets_names_each_and_no_path(tmp_path)
     parts = [{"root": f"/private/{name}", "weight": 1} for name in ("theirs", "ours")]
     about = dict(model="/private/start", seed=3, schedule=dict(steps=7), data=dict(root=None, split="train", mix=parts))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(about))
-    text = modelcard.text("mixed", "Qwen2.5-VL", tmp_path)
+    text = modelcard.text("mixed", "Qwen2.5-VL", "pixels", tmp_path)
     assert "on the split train of theirs and ours." in text and "Base: start." in text
     assert "private" not in text

@@ -165,8 +165,3 @@ def test_image_tokens_that_do_not_match_the_grids_are_refused():
     for count in (5, 7):
         with pytest.raises(ValueError, match=f"{count} image tokens for 6 merged units"):
             grid.rope_positions(np.array([1, *[IMAGE] * count]), IMAGE, [(4, 6)], 2)
-
-
-def test_a_window_side_counts_merged_units():
-    assert grid.window_side(112, 14, 2) == 4
-    assert grid.window_side(56, 14, 2) == 2

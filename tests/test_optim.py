@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 import randomised
+import toy
 from toy import quick_compile  # noqa: F401
 
-from surgery_r1_jax import model, optim, options, run, sft, sharding, sums
+from surgery_r1_jax import families, model, optim, options, run, sft, sharding, sums
 
 STEPS = 20
 
@@ -92,15 +93,24 @@ def test_each_part_learns_at_its_share_of_the_rate(params):
         np.testing.assert_allclose(moved, share * plain[path], rtol=1e-3, atol=1e-6, err_msg=str(path))
 
 
-def test_weight_decay_pulls_on_kernels_and_embeddings_only(params):
-    settings = dict(learning_rate=1e-2, **FLAT)
+@pytest.fixture(scope="module")
+def mixture():
+    """Parameters of a model that has every kind of them: experts, places, norms with and without bias."""
+    family = "qwen3_vl_moe"
+    return toy.params(families.FAMILIES[family].architecture(randomised.configuration(family, tied=False)))
+
+
+@pytest.mark.parametrize("family", ["params", "mixture"])
+def test_weight_decay_pulls_on_kernels_and_embeddings_only(request, family):
+    params, settings = request.getfixturevalue(family), dict(learning_rate=1e-2, **FLAT)
     plain, _ = stepped(params, options.Optimizer(**settings))
     decayed, _ = stepped(params, options.Optimizer(weight_decay=0.5, **settings))
     for path, value in by_path(params).items():
         pulled = decayed[path] - plain[path]
-        want = -0.5e-2 * value if path[-1] in ("kernel", "embed", "head") else np.zeros_like(value)
+        want = np.zeros_like(value) if path[-1] in ("bias", "scale", "places") else -0.5e-2 * value
         np.testing.assert_allclose(pulled, want, atol=2e-6, err_msg=str(path))
-    assert {path[-1] for path in decayed} == {"kernel", "bias", "scale", "embed", "head"}
+    more = {"gate_up", "down", "places"} if family == "mixture" else set()
+    assert {path[-1] for path in decayed} == {"kernel", "bias", "scale", "embed", "head"} | more
 
 
 def test_muon_makes_the_update_of_every_layers_matrix_orthogonal(params, config):
@@ -119,6 +129,16 @@ def test_muon_makes_the_update_of_every_layers_matrix_orthogonal(params, config)
     length = 0.2 * (1 + 0.9 * 0.1 / (1 - 0.9**2))
     for path in (("embed",), (*blocks, "q", "bias"), ("tower", "patch_embed", "kernel")):
         np.testing.assert_allclose(change[path], -length * np.sign(by_path(noise(params))[path]), rtol=5e-2)
+
+
+def test_muon_makes_the_update_of_every_expert_orthogonal_by_itself(mixture):
+    change, _ = stepped(mixture, options.Optimizer(kind="muon", learning_rate=1.0, **FLAT))
+    for name in ("gate_up", "down"):
+        update = change["decoder", "blocks", "mlp", name]
+        for matrix in update.reshape(-1, update.shape[2], np.prod(update.shape[3:])):
+            rows, columns = matrix.shape
+            singular = np.linalg.svd(matrix, compute_uv=False) / max(1, columns / rows) ** 0.5  # muon's own factor
+            assert np.mean((singular > 0.6) & (singular < 1.3)) > 0.9, (name, singular)
 
 
 def test_the_gradient_is_clipped_to_its_norm_before_anything_else(params):
