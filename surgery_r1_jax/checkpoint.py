@@ -166,7 +166,7 @@ def export(
     source, out, folder = here(source), places.place(out), folder_of(source)
     settings = hf.read_config(folder)
     family = families.of(settings)
-    card = functools.partial(modelcard.text, out.name, family.title, family.codec.units, source)
+    card = functools.partial(modelcard.text, out.name, family.title, family.codec, source)
     found = adapters_of(source, settings, which=which)
     if merge and not found:
         raise errors.InputError(f"{source}: holds a whole model and no adapters; export it without --merge")

@@ -7,13 +7,16 @@ from pathlib import Path
 import yaml
 
 from surgery_r1_jax import __version__, answer
+from surgery_r1_jax.codec import BoxCodec
 
+RESIZED = """ as the processor resizes it, whose height and width are
+`processor.image_processor.patch_size * inputs["image_grid_thw"][0, 1:]`"""
 SHOWN = ("accuracy", "accuracy_no_organ", "macro_f1", "miou", "joint_rate", "illusion_rate", "parse_failure_rate", "n")
 
 USE = """## Use
 
 The system text is part of what the model was trained on; the image stands before the question. Boxes are written in
-{units}.
+{units}{resized}.
 
 ```python
 {imports}from PIL import Image
@@ -37,11 +40,10 @@ print(processor.batch_decode(written, skip_special_tokens=True)[0])
 """
 
 
-def text(name: str, title: str, units: str, source: Path, *, adapter: bool = False) -> str:
+def text(name: str, title: str, codec: BoxCodec, source: Path, *, adapter: bool = False) -> str:
     """The card of a model of the family `title` or of its adapter, exported from a run folder or a Hugging Face folder.
 
-    `units` are those of the family's boxes. Of paths only the last part is told: what stands before it is nobody's
-    business.
+    `codec` is the family's. Of paths only the last part is told: what stands before it is nobody's business.
     """
     settings = _without_places(_read(source / "config.yaml"))
     base = settings.get("model", source.name)
@@ -64,7 +66,7 @@ def text(name: str, title: str, units: str, source: Path, *, adapter: bool = Fal
             f"Trained by {kind}, {settings['schedule']['steps']} steps, seed {settings['seed']}, on the split "
             f"{data['split']} of {' and '.join(part['root'] for part in data.get('mix') or [data])}."
         )
-    parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.\n", _use(name, base, units, adapter=adapter)]
+    parts += [f"Written by surgery-r1-jax {__version__}{_commit()}.\n", _use(name, base, codec, adapter=adapter)]
     parts += _scores(source / "metrics.jsonl")
     if settings:
         parts.append(f"## Configuration\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
@@ -72,14 +74,21 @@ def text(name: str, title: str, units: str, source: Path, *, adapter: bool = Fal
     return "\n".join(parts)
 
 
-def _use(name: str, base: str, units: str, *, adapter: bool) -> str:
+def _use(name: str, base: str, codec: BoxCodec, *, adapter: bool) -> str:
     """The lines that ask the model a question."""
-    sentences = answer.instruction(units).split(". ")
+    sentences = answer.instruction(codec.units).split(". ")
     system = "\n    ".join(repr(one + ". ") for one in sentences[:-1]) + f"\n    {sentences[-1]!r}"
     whole = f'AutoModelForImageTextToText.from_pretrained("{base if adapter else name}")'
     load = f'model = PeftModel.from_pretrained({whole}, "{name}")' if adapter else f"model = {whole}"
     imports = "from peft import PeftModel\n" if adapter else ""
-    return USE.format(units=units, imports=imports, system=system, load=load, processor=base if adapter else name)
+    return USE.format(
+        units=codec.units,
+        resized="" if codec.steps else RESIZED,
+        imports=imports,
+        system=system,
+        load=load,
+        processor=base if adapter else name,
+    )
 
 
 def _without_places(settings: dict) -> dict:

@@ -107,6 +107,7 @@ def write_folder(directory: str | Path, sizes: Sizes | None = None) -> Path:
     tokenizer = build_tokenizer(max(sizes.size))
     tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # the processor reads no other
     _model_config(sizes, tokenizer).save_pretrained(directory)
     pad, _, end, *_ = map(tokenizer.token_to_id, SPECIAL_TOKENS)
     _write_json(directory / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})

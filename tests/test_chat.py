@@ -150,6 +150,7 @@ def test_the_cache_never_changes_what_is_returned(folder):
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])
 def test_the_template_is_found_wherever_a_folder_keeps_it(tmp_path, where):
     tiny.write_folder(tmp_path)
+    (tmp_path / "chat_template.json").unlink()
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text())
     template = config.pop("chat_template")
@@ -252,6 +253,7 @@ def test_number_values_are_those_of_whole_number_tokens(folder):
 def refused(folder, **changes):
     tiny.write_folder(folder)
     file = folder / "tokenizer_config.json"
+    (folder / "chat_template.json").unlink()
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
     with pytest.raises(InputError) as caught:

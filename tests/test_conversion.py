@@ -13,7 +13,7 @@ import transformers
 import yaml
 from toy import few_devices  # noqa: F401
 
-from surgery_r1_jax import checkpoint, cli, config, hf, modelcard, options, sharding
+from surgery_r1_jax import checkpoint, cli, codec, config, hf, modelcard, options, sharding
 from surgery_r1_jax.errors import InputError
 
 
@@ -97,7 +97,7 @@ def test_the_card_of_a_run_tells_base_data_settings_and_scores_but_no_paths(fold
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_lines_of_a_card_say_word_for_word_what_the_model_was_trained_with(folder, tmp_path, adapter):
     encoder = hf.encoder_of(folder, hf.read_config(folder))
-    text = modelcard.text("mine", "Qwen2.5-VL", encoder.codec.units, tmp_path, adapter=adapter)
+    text = modelcard.text("mine", "Qwen2.5-VL", encoder.codec, tmp_path, adapter=adapter)
     code = ast.parse(text.split("```python\n")[1].split("```")[0])
     (given,) = (node.value for node in code.body if ast.unparse(node).startswith("system = "))
     system = ast.literal_eval(given)
@@ -106,6 +106,7 @@ def test_the_lines_of_a_card_say_word_for_word_what_the_model_was_trained_with(f
         {"role": "system", "content": [{"type": "text", "text": system}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it open?"}]},
     ]
+    assert (folder / "chat_template.json").is_file()  # transformers' processor finds no other template
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ids == encoder.chat.prefix_ids(system, [1]) + encoder.chat.prompt_ids("Is it open?")
@@ -125,6 +126,6 @@ def test_the_card_of_a_run_on_several_data_sets_names_each_and_no_path(tmp_path)
     parts = [{"root": f"/private/{name}", "weight": 1} for name in ("theirs", "ours")]
     about = dict(model="/private/start", seed=3, schedule=dict(steps=7), data=dict(root=None, split="train", mix=parts))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(about))
-    text = modelcard.text("mixed", "Qwen2.5-VL", "pixels", tmp_path)
+    text = modelcard.text("mixed", "Qwen2.5-VL", codec.PER_MILLE, tmp_path)
     assert "on the split train of theirs and ours." in text and "Base: start." in text
     assert "private" not in text

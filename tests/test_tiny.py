@@ -131,7 +131,7 @@ def test_transformers_reads_the_folder_without_torch_and_the_bytes_repeat(folder
     expected = Chat.from_folder(folder).prompt_ids("Where is suction located?")[:3]
     assert done.stdout.strip() == f"Qwen2_5_VLConfig {expected}", done.stderr
     names = sorted(file.name for file in folder.iterdir())
-    assert names == sorted(file.name for file in tmp_path.iterdir()) and len(names) == 5
+    assert names == sorted(file.name for file in tmp_path.iterdir()) and len(names) == 6
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
