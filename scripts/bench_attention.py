@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from surgery_r1_jax import attention, backends, options, sharding
 from surgery_r1_jax.attention import Keys, Queries
@@ -61,14 +64,14 @@ def arguments(case: Case, frames: int, dtype: str, mesh):
 
 
 def program(attend, case: Case):
-    """The jitted gradient, by queries, keys and values, of attention's sum of squares."""
+    """The jitted gradient, by queries, keys and values, of the sum of squares of what filled places see."""
 
     def total(arrays, segment, filled):
         q, key, value, *shared = arrays
         order = jnp.arange(case.tokens)[None, None] if case.causal else None
         prefix = Keys(*shared, filled) if shared else None
         out = attend(q, Queries(segment, order), Keys(key, value, segment, order), prefix)
-        return jnp.sum(out.astype(jnp.float32) ** 2)
+        return jnp.sum(jnp.where(segment[..., None, None] > 0, out, 0).astype(jnp.float32) ** 2)
 
     return jax.jit(jax.grad(total))
 

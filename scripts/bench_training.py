@@ -4,8 +4,9 @@
 One 1288 x 1036 frame; for SFT 6 branches of 256 tokens, for GRPO one question of 32 tokens and 8 completions of 256.
 Both sides start from the same files and see the same tokens. Theirs is TRL without vLLM (`trl_peer.py`): a row for each
 branch with the frame repeated. Every leg is a process of its own, so that each has the device to itself; one that runs
-out of memory is told as such. The losses and the gradient norms of all legs are held against each other, and the exit
-status is 1 where they differ. MFU counts what a leg itself computes: with the frame repeated that is more.
+out of memory or fails otherwise is told as such. Legs that are in --out already are not measured again, so that it can
+be done in several calls. The losses and the gradient norms of all legs are held against each other, and the exit status
+is 1 where they differ or a leg failed. MFU counts what a leg itself computes: with the frame repeated that is more.
 
     .venv/bin/python -m pip install "trl>=1.16,<2"
     .venv/bin/python scripts/bench_training.py --work /tmp/bench                # a GPU; 3B wants an H200's memory
@@ -27,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+HOME = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
 RATE, CLIP, BETA, RANK = 1e-5, 1.0, 0.04, 64
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
@@ -217,18 +219,19 @@ def leg_of(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
     return found | speed | {"seconds": seconds}
 
 
-def measured(leg: Leg, words: list[str]) -> dict:
+def measured(leg: Leg, words: list[str], work: Path) -> dict:
     """A leg in a process of its own."""
-    environ = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environ = {"JAX_COMPILATION_CACHE_DIR": str(work / "xla")} | os.environ | {"HF_HUB_OFFLINE": "1"}
     if leg.side == "trl":
         environ["JAX_PLATFORMS"] = "cpu"  # the device's memory is its own
     program = [sys.executable, __file__, *words, "--leg", ",".join(leg)]
     done = subprocess.run(program, env=environ, capture_output=True, text=True)
     if done.returncode == 0:
         return leg._asdict() | json.loads(done.stdout.splitlines()[-1])
-    if not any(sign in done.stderr for sign in OUT_OF_MEMORY):
-        sys.exit(f"{leg}:\n{done.stderr[-3000:]}")
-    return leg._asdict() | {"refused": "out of memory"}
+    if any(sign in done.stderr for sign in OUT_OF_MEMORY):
+        return leg._asdict() | {"refused": "out of memory"}
+    print(done.stderr[-3000:], file=sys.stderr)
+    return leg._asdict() | {"refused": "FAILED"}
 
 
 def differing(rows: list[dict], dtype: str) -> list[str]:
@@ -252,7 +255,7 @@ def differing(rows: list[dict], dtype: str) -> list[str]:
 def main() -> int:
     """Measure, print the table; 1 if the sides differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="new folder, for the weights")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the weights, kept for more calls")
     parser.add_argument("--size", default="Qwen2.5-VL-3B", help="released, eighth or tiny (default: %(default)s)")
     parser.add_argument("--kinds", default="sft,lora,grpo", help="default: %(default)s")
     parser.add_argument("--attention", default="auto", help="of our side, such as xla,cudnn (default: %(default)s)")
@@ -275,18 +278,25 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    args.work.mkdir(parents=True)
+    args.work /= f"{args.size}_{args.dtype}"
+    args.work.mkdir(parents=True, exist_ok=True)
     words = ["--work", str(args.work), "--size", args.size, "--dtype", args.dtype, "--repeats", str(args.repeats)]
     words += ["--offload"] * args.offload
-    subprocess.run([sys.executable, __file__, *words, "--leg", "weights"], check=True)
-    attentions, rows = args.attention.split(","), []
+    if not (args.work / "model" / "config.json").is_file():
+        subprocess.run([sys.executable, __file__, *words, "--leg", "weights"], check=True)
+    attentions = args.attention.split(",")
+    rows = json.loads(args.out.read_text()) if args.out and args.out.is_file() else []
     for kind in args.kinds.split(","):
         legs = [Leg(kind, "ours", attention, "shared") for attention in attentions]
         legs += [Leg(kind, "ours", attentions[-1], "repeated")]
         legs += [Leg(kind, "trl", "sdpa", "repeated")] * (not args.no_peer)
         for leg in legs:
-            rows.append(measured(leg, words))
+            if leg in [Leg(*(row[name] for name in Leg._fields)) for row in rows]:
+                continue
+            rows.append(measured(leg, words, args.work))
             print(rows[-1], flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=2) + "\n")
     table = Table("kind", "side", "attention", "frame")
     for name in ("s a step", "of it rollout", "completions/s", "times ours", "MFU", "peak GiB"):
         table.add_column(name, justify="right")
@@ -300,9 +310,8 @@ def main() -> int:
         cells[0] = row.get("refused", cells[0])
         table.add_row(*(row[name] for name in Leg._fields), *cells)
     Console(width=140).print(table)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
     lines = differing(rows, args.dtype)
+    lines += [f"{row['kind']} {row['side']} failed" for row in rows if row.get("refused") == "FAILED"]
     print(*lines, sep="\n")
     return bool(lines)
 
