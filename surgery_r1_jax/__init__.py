@@ -15,9 +15,9 @@ Reading order; a module imports only modules before it. README.md says of each w
                              flops
     files and state          heap tensors placement hf peft fresh optim packed modelcard sums saves checkpoint
                              log speed
-    programs                 evaluate conversations run milestones sft grpo hlo programs
+    programs                 launchers hosts evaluate conversations run milestones sft grpo hlo programs
     for people               pictures sheet charts cards report data_page memory doctor survey ask demo
-                             arguments launchers hosts handlers cli
+                             arguments handlers cli
 
 The name of an array ends in its axes, `box_BJ4`: one letter each, a digit is literal.
 

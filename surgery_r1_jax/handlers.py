@@ -29,11 +29,16 @@ def start_devices() -> None:
     flags.FLAGS.mark_as_parsed()  # else Grain's worker processes stop at unparsed flags
 
 
-def start_together(args: argparse.Namespace) -> None:
-    """`start_devices` of a command that many processes may share; a machine that is alone notices nothing."""
+def start_together(args: argparse.Namespace, *, saves: bool = False) -> None:
+    """`start_devices` of a command that many processes may share; a machine that is alone notices nothing.
+
+    One that `saves` when it is told to stop asks for that itself, any other is ended at once.
+    """
     place = launchers.find(args.coordinator, args.processes, args.process_id)
     start_devices()
     hosts.join(place, args.join_timeout)
+    if place and not saves:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax keeps it for who asks
 
 
 def demo(args: argparse.Namespace) -> int | None:
@@ -135,7 +140,7 @@ def sft(args: argparse.Namespace) -> None:
         from surgery_r1_jax import config, options
 
         settings = config.load(options.SFT, args.config, args.overrides)  # a mistake is told before jax is there
-        start_together(args)
+        start_together(args, saves=True)
         from surgery_r1_jax import sft
 
         _train(sft, settings, args)
@@ -147,7 +152,7 @@ def grpo(args: argparse.Namespace) -> None:
         from surgery_r1_jax import config, options
 
         settings = config.load(options.GRPO, args.config, args.overrides)
-        start_together(args)
+        start_together(args, saves=True)
         from surgery_r1_jax import grpo
 
         _train(grpo, settings, args)

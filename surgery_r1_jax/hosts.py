@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
         _be_quiet()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     tell("joining")
+    _claim(place)
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -63,6 +65,19 @@ def join(place: Place | None, limit_s: float = JOIN_S) -> None:
     tell(f"joined {jax.process_index()} {jax.process_count()}")
     if jax.process_index() and place.index is None:
         _be_quiet()
+
+
+def _claim(place: Place) -> None:
+    """Refuse a port that is taken: jax would share it with another job and mix up the processes of both, or crash."""
+    if place.index or place.coordinator is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(place.coordinator.rpartition(":")[2])))
+        except OSError as problem:
+            told = f"{place}: cannot listen at {place.coordinator}: {problem.strerror}; give another port"
+            raise InputError(told) from None
 
 
 def _be_quiet() -> None:
@@ -206,7 +221,7 @@ class _Watch:
         if status == -signal.SIGABRT and "JAX distributed service" in said:
             return self._tell(f"{_lost(said)}; see what it says, then start all again, training with --resume", LOST)
         if self._stopped and status == -signal.SIGTERM:
-            told = "told to stop before there was anything to save; start all again, training with --resume auto"
+            told = "told to stop, with nothing to save; start all again, training with --resume auto"
             return self._tell(told, Preempted.exit_status, "stopped")
         if status < 0:
             for line in self._kept:

@@ -1,7 +1,8 @@
 """Which of how many processes this is, by the flags or by what a launcher leaves in the environment.
 
-The first of these that is there decides: the flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a
-step of Slurm; Open MPI; a TPU, where jax finds out by itself; SkyPilot. Without any of them a machine is alone.
+The first of these that is there decides: the flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Open
+MPI, which may itself be a step of Slurm; a step of Slurm; a TPU, where jax finds out by itself; SkyPilot. Without any
+of them a machine is alone.
 """
 
 import importlib.util
@@ -56,12 +57,12 @@ def _open_mpi_address(uri: str, environ: Environ) -> str:
 
 
 SLURM = Launcher(
-    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",  # which a batch script and a shell have not, or 1: SLURM_NTASKS is the job's there
     "SLURM_PROCID",
     "SLURM_STEP_NODELIST",
     _slurm_address,
     "SLURM_LOCALID",
-    lambda environ: _whole("SLURM_NTASKS", environ) > _whole("SLURM_STEP_NUM_NODES", environ, 1),
+    lambda environ: _whole("SLURM_STEP_NUM_TASKS", environ) > _whole("SLURM_STEP_NUM_NODES", environ, 1),
 )
 OPEN_MPI = Launcher(
     "OMPI_COMM_WORLD_SIZE",
@@ -89,7 +90,7 @@ def find(
         return _checked(*given, Place(coordinator, count, index))
     if len(missing) < len(given):
         raise InputError(f"{', '.join(given)} go together; {' and '.join(missing)} missing")
-    running = [one for one in (SLURM, OPEN_MPI, SKYPILOT) if one.count in environ and one.index in environ]
+    running = [one for one in (OPEN_MPI, SLURM, SKYPILOT) if one.count in environ and one.index in environ]
     if address := environ.get("JAX_COORDINATOR_ADDRESS"):
         counts, indices = (one.count for one in running), (one.index for one in running)
         count = _first("JAX_NUM_PROCESSES", *counts, environ=environ)
@@ -147,7 +148,8 @@ def _whole(name: str, environ: Environ, default: int | None = None) -> int:
 def _device(launcher: Launcher, environ: Environ) -> int | None:
     """The GPU of a process that shares its machine with others, unless it is shown just one, or told which."""
     shown = environ.get("CUDA_VISIBLE_DEVICES")
-    if "JAX_LOCAL_DEVICE_IDS" in environ or (shown is not None and "," not in shown) or not launcher.shared(environ):
+    told = "JAX_LOCAL_DEVICE_IDS" in environ or "SLURM_GPUS_PER_TASK" in environ
+    if told or (shown is not None and "," not in shown) or not launcher.shared(environ):
         return None
     return _whole(launcher.local, environ)
 

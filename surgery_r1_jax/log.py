@@ -315,7 +315,7 @@ def put_away(directory: Path) -> None:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` or its siblings, without the half line a killed process may have left."""
-    path = Path(path)
+    path = places.place(path)
     try:
         text = path.read_bytes()
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from surgery_r1_jax import errors, evaluate, log, model, optim, options, pipeline, places, run, saves, speed
+from surgery_r1_jax import errors, evaluate, hosts, log, model, optim, options, pipeline, places, run, saves, speed
 
 
 class StopSignal:
@@ -25,7 +25,7 @@ class StopSignal:
 
     def __init__(self):
         self._noted = False
-        self._alone = jax.process_count() == 1
+        self._alone = not hosts.joined()
 
     def __enter__(self):
         if self._alone:

@@ -1,6 +1,7 @@
 """What every training run has, whatever it trains: folder, mesh, model, and steps with their numbers."""
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,7 @@ def prepare(
     """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
+    same_folder(out)
     multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
     attend = backends.choose(compute, mesh)
@@ -103,8 +105,26 @@ def take_up(out: Path) -> int | None:
     step = saves.last_step(out)
     if step is None and jax.process_index() == 0:
         log.put_away(out)
-    multihost_utils.sync_global_devices("take_up")  # nobody looks into the folder before that is done
-    return step
+    # Nobody looks into the folder before that is done, and what the first one sees is what all go by.
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step
+
+
+def same_folder(out: Path) -> None:
+    """Refuse a run folder that is not one and the same for all processes. Raises: InputError, in each of them."""
+    if jax.process_count() == 1:
+        return
+    mark = out / f".seen-by-all-{int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))}"
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_bytes(b"removed as soon as all processes have looked")
+    multihost_utils.sync_global_devices("marked")
+    seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind := np.flatnonzero(seen == 0).tolist():
+        which = f"process{'es' * (len(blind) > 1)} {', '.join(map(str, blind))}"
+        raise errors.InputError(f"{out}: {which} cannot see what process 0 writes there; give a folder that all share")
 
 
 def scheduled(settings: options.SFT | options.GRPO, frames: Sequence) -> options.SFT | options.GRPO:

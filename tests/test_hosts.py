@@ -1,5 +1,6 @@
 """Who is who, how processes meet, and how the rest end when one is lost."""
 
+import argparse
 import os
 import re
 import signal
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from surgery_r1_jax import cli, errors, hosts, launchers
+from surgery_r1_jax import cli, errors, handlers, hosts, launchers
 from surgery_r1_jax.launchers import Place
 
 pytestmark = pytest.mark.survival
 HOME = Path(__file__).resolve().parents[1]
-SLURM = dict(SLURM_JOB_ID="4100", SLURM_NTASKS="4", SLURM_PROCID="2", SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="4")
+SLURM = dict(
+    SLURM_JOB_ID="4100", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="2", SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="4"
+)
 OPEN_MPI = dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="1")
 SKYPILOT = dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2\n")
 JAX = dict(JAX_COORDINATOR_ADDRESS="train-workers-0-0.train:8476", JAX_NUM_PROCESSES="4")
@@ -31,11 +34,15 @@ JAX = dict(JAX_COORDINATOR_ADDRESS="train-workers-0-0.train:8476", JAX_NUM_PROCE
         (JAX | {"JAX_PROCESS_ID": "1", "JOB_COMPLETION_INDEX": "3"}, Place(JAX["JAX_COORDINATOR_ADDRESS"], 4, 1)),
         ({"JAX_COORDINATOR_ADDRESS": "n1:99"} | SLURM, Place("n1:99", 4, 2)),
         ({"JAX_COORDINATOR_ADDRESS": "n1:99", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
-        (SLURM, None),  # the batch script itself, not a step of it
+        (dict(SLURM_JOB_ID="41", SLURM_NTASKS="4", SLURM_PROCID="0"), None),  # the batch script, not a step of it
+        (  # a shell that `salloc` gives
+            dict(SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", SLURM_STEP_NODELIST="n1"),
+            None,
+        ),
         (SLURM | {"SLURM_STEP_NODELIST": "node001,node7"}, Place("node001:61444", 4, 2)),
         (SLURM | {"SLURM_STEP_NODELIST": "n[004-6,9],x"}, Place("n004:61444", 4, 2)),
         (SLURM | {"SLURM_STEP_NODELIST": "rack-1", "JAX_COORDINATOR_PORT": "5"}, Place("rack-1:5", 4, 2)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SLURM | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         (
             SLURM | {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"},
             Place("n1:61444", 4, 2, 1),
@@ -43,6 +50,20 @@ JAX = dict(JAX_COORDINATOR_ADDRESS="train-workers-0-0.train:8476", JAX_NUM_PROCE
         (
             SLURM | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "3"},
             Place("n1:61444", 4, 2),
+        ),
+        (
+            SLURM | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1", "SLURM_GPUS_PER_TASK": "2"},
+            Place("n1:61444", 4, 2),  # it is shown its own
+        ),
+        (  # a rank that Open MPI started by a step of its own
+            SLURM
+            | {
+                "SLURM_STEP_NODELIST": "n[2-4]",
+                "SLURM_STEP_NUM_TASKS": "3",
+                "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://h:1",
+            }
+            | OPEN_MPI,
+            Place("h:61441", 4, 3),
         ),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
         (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "n1:99"}, Place("n1:99", 4, 3)),
@@ -137,6 +158,11 @@ def work(argv):
     from jax.experimental import multihost_utils
     print("to be seen of process 0 alone")
     open(f"{ready}{index}", "w").write(str(os.getpid()))
+    if fail == "folder":
+        from pathlib import Path
+        from surgery_r1_jax import run
+        run.same_folder(Path(ready).parent)
+        run.same_folder(Path(ready).parent / f"of_{index}")
     for step in range(10**6):
         multihost_utils.sync_global_devices("step")
         time.sleep(0.05)
@@ -228,8 +254,7 @@ def test_a_stop_while_waiting_for_others_is_one_line(tmp_path):
         ((status, _, err),) = group.ends(0)
     assert (status, err) == (
         errors.Preempted.exit_status,
-        "stopped: process 0 of 2: told to stop before there was anything to save; start all again, training with "
-        "--resume auto\n",
+        "stopped: process 0 of 2: told to stop, with nothing to save; start all again, training with --resume auto\n",
     )
 
 
@@ -248,6 +273,40 @@ def test_when_a_host_is_killed_or_stands_still_the_other_ends_with_one_line(tmp_
         "--resume"
     ]
     assert status == hosts.LOST and ("to be seen" in out) == (victim == 1)
+
+
+def test_a_run_folder_that_is_not_one_for_all_is_refused_by_all(tmp_path):
+    with Group(tmp_path, fail="folder") as group:
+        (first, _, said), (second, _, err) = group.ends(0, 1)
+    told = "process 1 cannot see what process 0 writes there; give a folder that all share\n"
+    assert (first, said) == (2, f"error: {tmp_path / 'of_0'}: {told}")
+    assert (second, err) == (2, f"process 1: error: {tmp_path / 'of_1'}: {told}")
+    assert not [path for path in tmp_path.rglob(".seen*")]
+
+
+def test_a_port_that_another_job_has_is_refused():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as jax's coordinator binds
+        taken.bind(("", 0))
+        taken.listen()
+        place = Place(f"localhost:{taken.getsockname()[1]}", 2, 0)
+        with pytest.raises(errors.InputError, match=f"process 0 of 2: cannot listen at {place.coordinator}: .*; give"):
+            hosts._claim(place)
+        hosts._claim(place._replace(index=1))
+    hosts._claim(place)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_only_a_command_that_saves_is_left_to_hear_of_a_stop_by_itself(monkeypatch, saves):
+    monkeypatch.setattr(launchers, "find", lambda *_: Place("n1:1", 2, 0))
+    monkeypatch.setattr(hosts, "join", lambda *_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        args = argparse.Namespace(coordinator=None, processes=None, process_id=None, join_timeout=1)
+        handlers.start_together(args, saves=saves)
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if saves else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_mistake_that_one_process_meets_is_told_with_its_number_and_ends_all(tmp_path):

@@ -159,6 +159,22 @@ def test_slurm_requeues_for_all_but_a_mistake(tmp_path, status, restarts, again)
     assert (asked.read_text() if asked.exists() else None) == ("requeue 7\n" if again else None)
 
 
+def test_slurm_does_not_requeue_a_mistake_that_one_host_met_and_others_lost_it_for(tmp_path):
+    stand_in(tmp_path, "srun", 'touch "$MISTAKE"; exit 69')  # srun tells the highest status of all tasks
+    environment = stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/asked')
+    environment |= dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
+    done = subprocess.run(["bash", FOLDER / "slurm.sbatch"], env=environment, timeout=30)
+    assert done.returncode == 2 and not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize("status", [2, 69])
+def test_a_stage_that_meets_a_mistake_leaves_word_of_it(tmp_path, status):
+    environment = stand_in(tmp_path, "surgery-r1", f"exit {status}")
+    environment |= dict(ROOT=str(tmp_path), MISTAKE=str(tmp_path / "mistake"))
+    done = subprocess.run([FOLDER / "stages.sh"], env=environment, capture_output=True, timeout=30)
+    assert (done.returncode, (tmp_path / "mistake").exists()) == (status, status == 2)
+
+
 def test_a_clusters_definition_refuses_what_it_does_not_name(tmp_path):
     pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     job = {"type": "object", "properties": {"name": {"type": "string"}, "replicas": {"type": "integer"}}}

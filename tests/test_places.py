@@ -13,7 +13,7 @@ import toy
 from bucket import served
 from toy import few_devices, quick_compile  # noqa: F401
 
-from surgery_r1_jax import checkpoint, cli, errors, files, handlers, log, options, places, records, run, sft
+from surgery_r1_jax import checkpoint, cli, errors, files, handlers, log, milestones, options, places, records, run, sft
 
 needs_bucket = pytest.mark.skipif(
     not (importlib.util.find_spec("gcsfs") and importlib.util.find_spec("gcp_storage_emulator")),
@@ -227,7 +227,7 @@ def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
             model=f"{root}/{model}",
             data=options.Data(root=f"{root}/data", frames=2, questions=2),
             optimizer=options.Optimizer(schedule="constant"),
-            schedule=options.Schedule(steps=steps, save_every=100, log_every=1),
+            schedule=options.Schedule(steps=steps, eval_every=1, save_every=100, log_every=1),
             evaluation=options.Evaluation(frames=2, questions=2, limit=1, max_tokens=4),
         )
 
@@ -239,6 +239,7 @@ def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
         sft.train(settings(bucket, "imported", 1), there)
     shutil.rmtree(tmp_path / "cache")  # the machine of the first session is gone
     sft.train(settings(bucket, "imported", 2), there, resume=True)
+    assert milestones.evaluated(places.place(there), 2, "dev")  # so that it is known to be done
     sft.train(settings(tmp_path, "start", 2), disk)
 
     ours, theirs = (log.read_metrics(places.fetched(f"{out}/metrics.jsonl")) for out in (there, disk))

@@ -120,8 +120,9 @@ def hosts() -> Iterator[tuple[str, str, str]]:
         (Path(folder) / "srun").chmod(0o755)
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         for i in range(2):
-            told = dict(SLURM_NTASKS="2", SLURM_PROCID=str(i))
-            given = dict(PATH=path, TASK=str(i), ROOT="/shared/surgery", SLURM_SUBMIT_DIR=str(ROOT), DRY_RUN="1")
+            told = dict(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(i))
+            given = dict(PATH=path, TASK=str(i), ROOT="/shared/surgery", DRY_RUN="1")
+            given |= dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT))
             yield "slurm.sbatch", _told(told), _run(["bash", HERE / "slurm.sbatch"], **given)
 
 

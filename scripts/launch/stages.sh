@@ -23,6 +23,7 @@ stage() {
   while status=0; wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends `wait` early
   [ "$status" -le 128 ] || { status=0; wait "$child" || status=$?; }
   trap - TERM
+  case "$status" in 2 | 5) [ -z "${MISTAKE:-}" ] || touch "$MISTAKE" ;; esac # others only tell that they lost this host
   return "$status"
 }
 
