@@ -56,7 +56,7 @@ def make_mesh(shape: Sequence[int] | None = None, devices: Sequence[jax.Device] 
     if int(np.prod(shape)) != len(devices):
         sizes = " x ".join(map(str, shape))
         raise errors.InputError(f"mesh {sizes} (data x fsdp x tensor) does not use exactly {len(devices)} devices")
-    slices = {device.slice_index for device in devices if device.platform == "tpu"}
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) > 1:
         raise errors.InputError(f"{len(slices)} slices of TPU chips; start the run on one of them")
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
