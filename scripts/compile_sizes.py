@@ -96,6 +96,7 @@ README = [
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5e:4x8", effort=0),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", bar=17),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", LORA, "v5p:2x2x4", effort=0),
+    Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, OFFLOAD), "v5p:2x2x4", bar=17, effort=0),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (*LORA, *WITHOUT), "v5p:2x2x4", bar=REFUSED),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", bar=30),
     Case("Qwen2.5-VL-72B", "sft_7b.yaml", (TOWER,), "v5p:4x4x4", bar=30, effort=0),
