@@ -72,6 +72,11 @@ def completions_of(case: Case) -> np.ndarray:
     return np.random.default_rng(1).integers(20, 900, (case.samples, case.completion))
 
 
+def worth_of(case: Case) -> np.ndarray:
+    """The advantage of each completion of the question."""
+    return np.linspace(-1, 1, case.samples, dtype=np.float32)
+
+
 def load_of(leg: Leg, case: Case, architecture, adapted) -> tuple:
     """The batch of a leg on the host, completions to draw for each of its questions, and what a step on it takes."""
     import randomised
@@ -170,7 +175,7 @@ def ours(leg: Leg, case: Case, args: argparse.Namespace) -> dict:
         words = sampling.Vocabulary(allowed.at[randomised.STOP].set(False), randomised.STOP, randomised.PAD)
         rows = case.samples // samples
         numbers = jnp.arange(rows, dtype=jnp.int32), jnp.zeros((rows, 1), jnp.int32)
-        advantage = jnp.asarray(np.linspace(-1, 1, case.samples, dtype=np.float32)).reshape(rows, samples)
+        advantage = jnp.asarray(worth_of(case)).reshape(rows, samples)
         given = jnp.asarray(completions_of(case), jnp.int32).reshape(rows, samples, -1)
 
         def once(state):

@@ -100,14 +100,9 @@ def now() -> float:
     return time.perf_counter()
 
 
-def reward(completions: list, **_) -> list[float]:
-    """Every completion of a question is worth something else."""
-    return np.linspace(-1, 1, len(completions)).tolist()
-
-
 def trainer_of(leg, case, args, rate: float, beta: float, clip: float, rank: int) -> transformers.Trainer:
     """TRL's trainer, set as ours is."""
-    from bench_training import completions_of, frames_of
+    from bench_training import completions_of, frames_of, worth_of
 
     low, steps = args.dtype == "bfloat16", args.repeats + 1
     frame, asked = frames_of(case)
@@ -137,6 +132,10 @@ def trainer_of(leg, case, args, rate: float, beta: float, clip: float, rank: int
         drawn = dict(min_new_tokens=case.completion, bad_words_ids=[[randomised.IMAGE], [randomised.VIDEO]])
         how |= dict(per_device_train_batch_size=case.samples, num_generations=case.samples, generation_kwargs=drawn)
         how |= dict(max_completion_length=case.completion, beta=beta, loss_type="grpo", scale_rewards="none")
+
+        def reward(**_) -> list[float]:
+            return worth_of(case).tolist()
+
         data = Dataset.from_list([row] * steps)
         made = GRPOTrainer(args=trl.GRPOConfig(**how), reward_funcs=reward, train_dataset=data, **common)
         made.given = completions_of(case).tolist()

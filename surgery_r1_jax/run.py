@@ -65,8 +65,7 @@ def prepare(
     """
     if (out / "metrics.jsonl").exists() and not resume:
         raise errors.InputError(f"{out}: this run exists already; add --resume, or choose another --out")
-    same_folder(out)
-    multihost_utils.sync_global_devices("looked")  # else the first has begun the log before the last has looked
+    same_folder(out)  # and all have looked for that log, before the first begins it
     mesh, compute, adapted = sharding.make_mesh(settings.compute.mesh), settings.compute, settings.lora
     attend = backends.choose(compute, mesh)
     loaded = checkpoint.load_model(settings.model, mesh, dtype=adapted.kept)

@@ -54,6 +54,14 @@ def encoder(tmp_path_factory):
     return hf.encoder_of(folder, hf.read_config(folder))
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What short runs of a module start from: `data` and `start`."""
+    import toy
+
+    return toy.write_start(tmp_path_factory.mktemp("place"), frames=10)
+
+
 @pytest.fixture
 def uneven_rewards(monkeypatch):
     """Untrained models never earn anything: half of their completions shall count as well formed."""

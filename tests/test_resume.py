@@ -36,11 +36,6 @@ pytestmark = pytest.mark.survival
 STEPS = toy.STEPS
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return toy.write_start(tmp_path_factory.mktemp("resume"), frames=10)
-
-
 def grpo_settings(place, **changes):
     settings = dict(samples=2, minibatches=2, sampler=options.Sampler(max_tokens=4))
     settings |= toy.sft_settings(place).model_dump(include={"model", "data", "optimizer", "schedule", "evaluation"})

@@ -33,11 +33,6 @@ from surgery_r1_jax import (
 pytestmark = pytest.mark.survival
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return toy.write_start(tmp_path_factory.mktemp("saves"), frames=10)
-
-
 def steps(folder):
     return sorted(int(entry.name) for entry in folder.iterdir())
 
